@@ -1,0 +1,218 @@
+"""Rows and tables: what a backend can run, and the interface through which a row emits its kernel."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.fx import Node
+
+from fxq.errors import BackendError
+from fxq.ops import CLAMP, RELU, VOCABULARY, Dictionary, Op
+from fxq.plan import Reason, TensorFact
+from fxq.spec import QParams, QuantSpec
+
+
+class Out(enum.Enum):
+    """Where an op's output qparams come from."""
+
+    OWN = "own"  # observed on the output itself
+    SHARE = "share"  # the input's: the op only selects, moves or averages values
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """Output qparams that the kernel dictates, in uint8 terms."""
+
+    scale: float
+    zero_point: int
+
+
+class Weights(enum.Flag):
+    """Weight schemes a kernel runs."""
+
+    NONE = 0
+    TENSOR = enum.auto()
+    CHANNEL = enum.auto()
+
+
+class Modes(enum.Flag):
+    """When activation qparams are known."""
+
+    STATIC = enum.auto()
+    DYNAMIC = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """One step of a chain after the root: any of ``ops``, which may be absent if ``optional``."""
+
+    ops: tuple[Op, ...]
+    optional: bool = False
+
+
+# A relu or clamp after an op with its own output range costs nothing: the range observed after it ends
+# where the clamp does, so that requantization saturates there.
+CLAMPED = Tail((RELU, CLAMP), optional=True)
+
+
+@dataclass(frozen=True, slots=True)
+class IntWeight:
+    """A quantized weight: int8 values, their qparams and the channel axis (``None`` per tensor)."""
+
+    values: torch.Tensor
+    qparams: QParams
+    ch_axis: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutQuant:
+    """Output of an emitted kernel: qparams in uint8 terms and the integers it must saturate at."""
+
+    scale: float
+    zero_point: int
+    quant_min: int
+    quant_max: int
+
+
+class Emission(Protocol):
+    """What a row's ``emit`` is given; implemented by the lowering pass."""
+
+    nodes: tuple[Node, ...]
+    out: OutQuant
+    relu: bool
+
+    def get(self, parameter: str) -> Any:
+        """A parameter of the root op, as in the canonical node."""
+
+    def input(self, parameter: str) -> Any:
+        """The int8 node (or list of nodes, or a one-element int8 constant) of an activation parameter."""
+
+    def tail_input(self, position: int) -> Node:
+        """The int8 node of the other operand of the tail's node at ``position``."""
+
+    def weight(self) -> IntWeight:
+        """The root op's quantized weight."""
+
+    def tensor(self, parameter: str) -> torch.Tensor | None:
+        """A constant float tensor parameter, e.g. the bias."""
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """Insert a call."""
+
+    def constant(self, suffix: str, value: Any) -> Node:
+        """Attach a constant (packed weight, tensor) to the module; returns the node that reads it."""
+
+    def pack(self, engine: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a prepacking function under an engine."""
+
+
+Check = Callable[[Node, Mapping[str, TensorFact]], Reason | None]
+
+
+class Emit(Protocol):
+    """Emits a kernel; ``kernel`` is its name in tables."""
+
+    @property
+    def kernel(self) -> str: ...
+
+    def __call__(self, emission: Emission) -> Node: ...
+
+
+def accept(node: Node, facts: Mapping[str, TensorFact]) -> Reason | None:
+    """The check of rows that take every argument."""
+    return None
+
+
+@dataclass(frozen=True)
+class OpRow:
+    """The whole truth about one op on one backend.
+
+    Args:
+        name: shown in tables; unique in a backend.
+        op: root of the chain.
+        emit: makes the kernel's node.
+        tail: ops that are fused into it.
+        out: ``OWN``, ``SHARE`` or :class:`Fixed`.
+        weight: schemes its weight may have (``Weights.NONE``: it has none).
+        modes: static and/or dynamic activations.
+        check: ``None`` or the :class:`~fxq.plan.Reason` why this node cannot run.
+        relu_kernel: the kernel has a variant with relu, for ranges whose zero_point is not ``quant_min``.
+        mixed_inputs: inputs may have qparams other than the output's, although ``out`` is ``SHARE``.
+        heavy: int8 pays on its own; light ops are int8 only next to heavy ones.
+    """
+
+    name: str
+    op: Op
+    emit: Emit
+    tail: tuple[Tail | Op, ...] = ()
+    out: Out | Fixed = Out.OWN
+    weight: Weights = Weights.NONE
+    modes: Modes = Modes.STATIC
+    check: Check = accept
+    relu_kernel: bool = False
+    mixed_inputs: bool = False
+    heavy: bool = False
+
+    @property
+    def steps(self) -> tuple[Tail, ...]:
+        """The tail with bare ops as required steps."""
+        return tuple(step if isinstance(step, Tail) else Tail((step,)) for step in self.tail)
+
+    def validate(self) -> None:
+        """Raise BackendError where the row contradicts itself."""
+        has_weight = self.op.weight is not None
+        if has_weight != bool(self.weight):
+            raise BackendError(f"row '{self.name}': op '{self.op.name}' and weight={self.weight} do not fit")
+        if self.tail and self.out is not Out.OWN:
+            raise BackendError(f"row '{self.name}': only rows with out=OWN can absorb a tail")
+        if self.mixed_inputs and self.out is not Out.SHARE:
+            raise BackendError(f"row '{self.name}': mixed_inputs is about sharing qparams; set out=SHARE")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A table of rows with the engine that runs it and the specs it recommends.
+
+    Args:
+        name: as given to ``backend=``.
+        engine: the torch engine its weights are packed for.
+        rows: what it can run, first match first.
+        activation: recommended activation spec.
+        weight: recommended per-channel weight spec.
+        notes: what the summary says of the choice of specs.
+        absent: why an op of the vocabulary has no row.
+    """
+
+    name: str
+    engine: str
+    rows: tuple[OpRow, ...]
+    activation: QuantSpec
+    weight: QuantSpec
+    notes: tuple[str, ...] = ()
+    absent: Mapping[Op, Reason] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        doubled = {name for name in names if names.count(name) > 1}
+        if doubled:
+            raise BackendError(f"backend '{self.name}': row names {sorted(doubled)} are used more than once")
+        for row in self.rows:
+            row.validate()
+
+    @property
+    def dictionary(self) -> Dictionary:
+        """The vocabulary plus any op that only this backend's rows bring."""
+        return Dictionary(dict.fromkeys((*VOCABULARY, *(row.op for row in self.rows))))
+
+    def rows_of(self, op: Op) -> list[OpRow]:
+        """Rows whose root is ``op``, longest chain first."""
+        rows = [row for row in self.rows if row.op is op]
+        return sorted(rows, key=lambda row: -sum(not step.optional for step in row.steps))
+
+    def row(self, name: str) -> OpRow:
+        """The row of a name."""
+        return next(row for row in self.rows if row.name == name)

@@ -1,0 +1,234 @@
+"""The quantization plan: a side table of one graph, and the only thing that reports and later stages read.
+
+It is keyed by node name and argument path rather than stored in ``node.meta``: a producer-keyed entry
+collides on ``y + y`` and goes stale when a graph is copied.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch.fx import Graph
+
+from fxq.errors import PlanError
+from fxq.spec import QuantSpec
+
+
+class Slot(NamedTuple):
+    """One use of a tensor: a consumer and the path of the argument, or ``()`` for the node's own output."""
+
+    node: str
+    path: tuple[int, ...] = ()
+
+
+class Status(enum.Enum):
+    """What became of a node."""
+
+    QUANTIZED = "int8"
+    SHARED = "int8 shared"
+    SHAPE_ONLY = "shape"
+    FLOAT = "float"
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a node stays float: a short code for grouping and a sentence for the reader."""
+
+    code: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+EXCLUDED = Reason("excluded", "excluded by the configuration")
+UNKNOWN_OP = Reason("unknown-op", "not an operation fxq knows")
+NO_KERNEL = Reason("no-kernel", "the backend has no int8 kernel for it")
+NOT_FLOAT32 = Reason("not-float32", "its input is not a float32 tensor")
+UNTRACEABLE = Reason("untraceable", "the module cannot be traced with torch.fx")
+OWN_FORWARD = Reason("own-forward", "a subclass with its own forward")
+ISLAND = Reason("island", "only float ops around it: int8 would only add quantize and dequantize")
+DYNAMIC_WEIGHT = Reason("dynamic-weight", "its weight is computed at run time")
+NEVER_OBSERVED = Reason("never-observed", "its observer saw no data while calibrating")
+OPTIONS = Reason("options", "the int8 kernel does not support these arguments")
+INPLACE = Reason("in-place", "overwrites a view in place")
+MIXED_QPARAMS = Reason("mixed-qparams", "its int8 kernel cannot change scale and zero_point")
+
+
+class Decision(NamedTuple):
+    """What was decided for one call node."""
+
+    status: Status
+    row: str | None = None
+    reason: Reason | None = None
+    detail: str = ""
+
+
+def float_decision(reason: Reason, detail: str = "") -> Decision:
+    """A FLOAT decision; the only way to make one, so that none lacks its reason."""
+    return Decision(Status.FLOAT, None, reason, detail)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a node comes from in the user's model: module path and the type or function that was called."""
+
+    module_path: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFact:
+    """Shape and dtype of a value, recorded with the example inputs."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def is_float32(self) -> bool:
+        return self.dtype == torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Nodes that run as one int8 kernel: root first, then the tail that is fused into it."""
+
+    row: str
+    nodes: tuple[str, ...]
+
+    @property
+    def end(self) -> str:
+        return self.nodes[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """One line of the fusion table: what was folded, fused, absorbed or dropped, and into what."""
+
+    action: str
+    what: str
+    into: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """How a lowered node runs: its kernel with engine, and its output's scale and zero_point."""
+
+    name: str
+    scale: float | None = None
+    zero_point: int | None = None
+    fused: tuple[str, ...] = ()
+
+
+class Stage(enum.Enum):
+    """How far a graph has come."""
+
+    FLOAT = "float"
+    PREPARED = "prepared"
+    REFERENCE = "reference"
+    LOWERED = "lowered"
+
+
+@dataclass
+class QuantPlan:
+    """Everything known about a graph's quantization.
+
+    Attributes:
+        backend: name of the backend it was made for.
+        stage: how far the graph has come.
+        properties: what the passes that ran have established, e.g. ``"canonical"``.
+        specs: how each slot is quantized.
+        groups: slots with the same number share one observer and so one scale and zero_point.
+        fixed: groups whose qparams are dictated by a kernel: ``{group: (scale, zero_point)}``.
+        observers: module path of each group's observer, while the graph is prepared.
+        regions: nodes that become one kernel.
+        decisions: exactly one for each call node once ``"annotated"``.
+        origins: module path and spelling of each node in the user's model.
+        facts: shape and dtype of each tensor node.
+        kernels: for lowered graphs, how each node runs.
+        fusions: log for the fusion table.
+        notes: what the summary says about choices that hold for the whole model.
+        untraceable: reason for each float leaf module that could not be traced.
+    """
+
+    backend: str
+    stage: Stage = Stage.FLOAT
+    properties: set[str] = field(default_factory=set)
+    specs: dict[Slot, QuantSpec] = field(default_factory=dict)
+    groups: dict[Slot, int] = field(default_factory=dict)
+    fixed: dict[int, tuple[float, int]] = field(default_factory=dict)
+    observers: dict[int, str] = field(default_factory=dict)
+    regions: list[Region] = field(default_factory=list)
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
+    facts: dict[str, TensorFact] = field(default_factory=dict)
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+    fusions: list[Fusion] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    untraceable: dict[str, str] = field(default_factory=dict)
+
+    def origin(self, name: str) -> Origin:
+        """Origin of a node; empty for nodes that fxq inserted."""
+        return self.origins.get(name, Origin("", ""))
+
+    def where(self, name: str) -> str:
+        """``node 'conv1' (module 'features.0')``, for messages."""
+        path = self.origin(name).module_path
+        return f"node '{name}'" + (f" (module '{path}')" if path else "")
+
+    def region_of(self, name: str) -> Region | None:
+        """The region a node belongs to."""
+        return next((region for region in self.regions if name in region.nodes), None)
+
+    def members(self, group: int) -> list[Slot]:
+        """All slots of a group."""
+        return [slot for slot, number in self.groups.items() if number == group]
+
+    def make_float(self, region: Region, reason: Reason, detail: str = "") -> None:
+        """Take a region out of int8: its slots go, its nodes get a FLOAT decision."""
+        self.regions.remove(region)
+        for name in region.nodes:
+            self.decisions[name] = float_decision(reason, detail)
+        for slot in [slot for slot in self.specs if slot.node in region.nodes]:
+            del self.specs[slot]
+            self.groups.pop(slot, None)
+
+    def forget(self, name: str) -> None:
+        """Drop what is known of a node that a pass erased."""
+        for table in (self.decisions, self.origins, self.facts, self.kernels):
+            table.pop(name, None)  # type: ignore[attr-defined]
+
+    def check(self, graph: Graph) -> None:
+        """Verify that plan and graph agree; run after every pass.
+
+        Raises:
+            PlanError: naming the first disagreement.
+        """
+        names = {node.name for node in graph.nodes}
+        calls = {node.name for node in graph.nodes if node.op.startswith("call_")}
+        for slot in itertools.chain(self.specs, self.groups):
+            if slot.node not in names:
+                raise PlanError(f"the plan has a slot of '{slot.node}', which is not in the graph")
+        for slot in self.groups:
+            if slot not in self.specs:
+                raise PlanError(f"slot {slot} is in group {self.groups[slot]} but has no QuantSpec")
+        if "annotated" not in self.properties:
+            return
+        for name, decision in self.decisions.items():
+            if name not in calls:
+                raise PlanError(f"a decision for '{name}', which is not a call node of the graph")
+            if decision.status is Status.FLOAT and decision.reason is None:
+                raise PlanError(f"'{name}' stays float without a reason")
+        undecided = calls - self.decisions.keys() - set(self.observer_nodes(graph))
+        if undecided:
+            raise PlanError(f"no decision for {sorted(undecided)[:5]}")
+
+    def observer_nodes(self, graph: Graph) -> list[str]:
+        """Names of the nodes that call observers."""
+        paths = set(self.observers.values())
+        return [node.name for node in graph.nodes if node.op == "call_module" and node.target in paths]

@@ -1,0 +1,56 @@
+"""The quantize and dequantize ops of reference graphs, on plain ``uint8``/``int8`` tensors.
+
+They are registered with torch under the namespace ``fxq`` so that they survive tracing, export and
+serialization, and run on any device. The deprecated quantized dtypes appear nowhere here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+_LIBRARY = torch.library.Library("fxq", "DEF")
+_LIBRARY.define(
+    "quantize(Tensor x, float scale, int zero_point, int quant_min, int quant_max, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.define("dequantize(Tensor q, float scale, int zero_point) -> Tensor")
+_LIBRARY.define("dequantize_channel(Tensor q, Tensor scale, Tensor zero_point, int axis) -> Tensor")
+
+
+def _quantize(
+    x: torch.Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return torch.clamp(torch.round(x * (1.0 / scale)) + zero_point, quant_min, quant_max).to(dtype)
+
+
+def _dequantize(q: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
+    return (q.to(torch.float32) - zero_point) * scale
+
+
+def _dequantize_channel(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
+    shape = [1] * q.dim()
+    shape[axis] = -1
+    return (q.to(torch.float32) - zero_point.reshape(shape)) * scale.reshape(shape)
+
+
+_LIBRARY.impl("quantize", _quantize, "CompositeImplicitAutograd")
+_LIBRARY.impl("dequantize", _dequantize, "CompositeImplicitAutograd")
+_LIBRARY.impl("dequantize_channel", _dequantize_channel, "CompositeImplicitAutograd")
+
+QUANTIZE = torch.ops.fxq.quantize.default
+DEQUANTIZE = torch.ops.fxq.dequantize.default
+DEQUANTIZE_CHANNEL = torch.ops.fxq.dequantize_channel.default
+
+
+def is_quantize(node: Node) -> bool:
+    """Whether a node quantizes an activation."""
+    return node.op == "call_function" and node.target is QUANTIZE
+
+
+def is_dequantize(node: object) -> bool:
+    """Whether a node dequantizes an activation or a weight."""
+    return (
+        isinstance(node, Node)
+        and node.op == "call_function"
+        and (node.target is DEQUANTIZE or node.target is DEQUANTIZE_CHANNEL)
+    )
