@@ -90,7 +90,7 @@ def preprocessing(name_or_ref: str, weights: str | None = None, size: int | None
         return _make_preset(_find_weights(name_or_ref, weights).transforms, size)
     transforms = import_torchvision().transforms
     size = size or 224
-    return transforms.Compose(
+    compose: Transform = transforms.Compose(
         [
             transforms.Resize(_resize_for(size)),
             transforms.CenterCrop(size),
@@ -98,6 +98,7 @@ def preprocessing(name_or_ref: str, weights: str | None = None, size: int | None
             transforms.Normalize(_IMAGENET_MEAN, _IMAGENET_STD),
         ]
     )
+    return compose
 
 
 def _make_preset(preset: Callable[..., Transform], size: int | None) -> Transform:
