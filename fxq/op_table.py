@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from fxq.errors import BackendError
 from fxq.ops import CLAMP, RELU, VOCABULARY, Dictionary, Op
-from fxq.plan import Reason, TensorFact
+from fxq.plan import QuantPlan, Reason, TensorFact
 from fxq.spec import QParams, QuantSpec
 
 
@@ -37,13 +37,6 @@ class Weights(enum.Flag):
     NONE = 0
     TENSOR = enum.auto()
     CHANNEL = enum.auto()
-
-
-class Modes(enum.Flag):
-    """When activation qparams are known."""
-
-    STATIC = enum.auto()
-    DYNAMIC = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +99,8 @@ class Emission(Protocol):
     def constant(self, suffix: str, value: Any) -> Node:
         """Attach a constant (packed weight, tensor) to the module; returns the node that reads it."""
 
-    def pack(self, engine: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a prepacking function under an engine."""
+    def pack(self, function: Callable[..., Any], *args: Any, engine: str | None = None) -> Any:
+        """Call a prepacking function under an engine, the backend's own unless another is named."""
 
 
 Check = Callable[[Node, Mapping[str, TensorFact]], Reason | None]
@@ -138,7 +131,6 @@ class OpRow:
         tail: ops that are fused into it.
         out: ``OWN``, ``SHARE`` or :class:`Fixed`.
         weight: schemes its weight may have (``Weights.NONE``: it has none).
-        modes: static and/or dynamic activations.
         check: ``None`` or the :class:`~fxq.plan.Reason` why this node cannot run.
         relu_kernel: the kernel has a variant with relu, for ranges whose zero_point is not ``quant_min``.
         mixed_inputs: inputs may have qparams other than the output's, although ``out`` is ``SHARE``.
@@ -151,7 +143,6 @@ class OpRow:
     tail: tuple[Tail | Op, ...] = ()
     out: Out | Fixed = Out.OWN
     weight: Weights = Weights.NONE
-    modes: Modes = Modes.STATIC
     check: Check = accept
     relu_kernel: bool = False
     mixed_inputs: bool = False
@@ -195,6 +186,9 @@ class Backend:
     notes: tuple[str, ...] = ()
     absent: Mapping[Op, Reason] = field(default_factory=dict)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
+        return self  # immutable, and its ops are compared by identity
+
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
         doubled = {name for name in names if names.count(name) > 1}
@@ -216,3 +210,9 @@ class Backend:
     def row(self, name: str) -> OpRow:
         """The row of a name."""
         return next(row for row in self.rows if row.name == name)
+
+
+def sharing_ends(plan: QuantPlan, backend: Backend) -> set[str]:
+    """Ends of the regions whose output shares its input's qparams."""
+    sharing = {row.name for row in backend.rows if row.out is Out.SHARE}
+    return {region.end for region in plan.regions if region.row in sharing}

@@ -63,8 +63,9 @@ class Spelling:
     """One way to write an op: a function, a method name or a module class.
 
     ``fixed`` adds parameters, ``rename`` maps spelled names to canonical ones, ``must`` lists parameters the
-    canonical op lacks with the only value that keeps the meaning; ``inplace`` marks spellings that
-    overwrite their first argument (also said by a true ``inplace`` parameter).
+    canonical op lacks with the only value that keeps the meaning; ``derive`` computes parameters that a module
+    has no attribute for; ``inplace`` marks spellings that overwrite their first argument (also said by a true
+    ``inplace`` parameter).
     """
 
     what: Callable[..., Any] | str | type[nn.Module]
@@ -72,6 +73,7 @@ class Spelling:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     rename: Mapping[str, str] = field(default_factory=dict)
     must: Mapping[str, Any] = field(default_factory=dict)
+    derive: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     inplace: bool = False
 
 
@@ -187,7 +189,10 @@ MATMUL = Op(
 
 _BATCH_NORM = "input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5"
 BATCH_NORM = Op(
-    "batch_norm", F.batch_norm, _BATCH_NORM, modules=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    "batch_norm", F.batch_norm, _BATCH_NORM, spellings=tuple(
+        Spelling(module, derive={"training": lambda m: m.training or m.running_mean is None})
+        for module in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    ),
 )  # fmt: skip
 LAYER_NORM = Op(
     "layer_norm", F.layer_norm, "input, normalized_shape, weight=None, bias=None, eps=1e-5", modules=(nn.LayerNorm,),
@@ -198,7 +203,10 @@ GROUP_NORM = Op(
 INSTANCE_NORM = Op(
     "instance_norm", F.instance_norm,
     "input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5",
-    modules=(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    spellings=tuple(
+        Spelling(module, derive={"use_input_stats": lambda m: m.training or m.running_mean is None})
+        for module in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    ),
 )  # fmt: skip
 
 _INPLACE = "input, inplace=False"

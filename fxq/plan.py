@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch.fx import Graph
 
 from fxq.errors import PlanError
+from fxq.qdq import is_dequantize, is_quantize
 from fxq.spec import QuantSpec
 
 
@@ -95,10 +97,14 @@ class TensorFact:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Nodes that run as one int8 kernel: root first, then the tail that is fused into it."""
+    """Nodes that run as one int8 kernel: root first, then the tail that is fused into it.
+
+    ``absorbed`` are tail nodes that are gone because a saturation does their work.
+    """
 
     row: str
     nodes: tuple[str, ...]
+    absorbed: tuple[str, ...] = ()
 
     @property
     def end(self) -> str:
@@ -150,6 +156,7 @@ class QuantPlan:
         decisions: exactly one for each call node once ``"annotated"``.
         origins: module path and spelling of each node in the user's model.
         facts: shape and dtype of each tensor node.
+        containers: nodes whose value is a tuple, list or dict of tensors.
         kernels: for lowered graphs, how each node runs.
         fusions: log for the fusion table.
         notes: what the summary says about choices that hold for the whole model.
@@ -167,6 +174,7 @@ class QuantPlan:
     decisions: dict[str, Decision] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
     facts: dict[str, TensorFact] = field(default_factory=dict)
+    containers: set[str] = field(default_factory=set)
     kernels: dict[str, Kernel] = field(default_factory=dict)
     fusions: list[Fusion] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -181,22 +189,18 @@ class QuantPlan:
         path = self.origin(name).module_path
         return f"node '{name}'" + (f" (module '{path}')" if path else "")
 
-    def region_of(self, name: str) -> Region | None:
-        """The region a node belongs to."""
-        return next((region for region in self.regions if name in region.nodes), None)
-
     def members(self, group: int) -> list[Slot]:
         """All slots of a group."""
         return [slot for slot, number in self.groups.items() if number == group]
 
-    def make_float(self, region: Region, reason: Reason, detail: str = "") -> None:
-        """Take a region out of int8: its slots go, its nodes get a FLOAT decision."""
-        self.regions.remove(region)
-        for name in region.nodes:
-            self.decisions[name] = float_decision(reason, detail)
-        for slot in [slot for slot in self.specs if slot.node in region.nodes]:
-            del self.specs[slot]
-            self.groups.pop(slot, None)
+    def make_float(self, regions: Iterable[Region], reason: Reason, detail: str = "") -> None:
+        """Take regions out of int8: their slots go, their nodes get a FLOAT decision."""
+        gone = set(regions)
+        names = {name for region in gone for name in region.nodes}
+        self.regions = [region for region in self.regions if region not in gone]
+        self.decisions.update(dict.fromkeys(names, float_decision(reason, detail)))
+        self.specs = {slot: spec for slot, spec in self.specs.items() if slot.node not in names}
+        self.groups = {slot: group for slot, group in self.groups.items() if slot.node not in names}
 
     def forget(self, name: str) -> None:
         """Drop what is known of a node that a pass erased."""
@@ -224,7 +228,8 @@ class QuantPlan:
                 raise PlanError(f"a decision for '{name}', which is not a call node of the graph")
             if decision.status is Status.FLOAT and decision.reason is None:
                 raise PlanError(f"'{name}' stays float without a reason")
-        undecided = calls - self.decisions.keys() - set(self.observer_nodes(graph))
+        conversions = {node.name for node in graph.nodes if is_quantize(node) or is_dequantize(node)}
+        undecided = calls - conversions - self.decisions.keys() - set(self.observer_nodes(graph))
         if undecided:
             raise PlanError(f"no decision for {sorted(undecided)[:5]}")
 

@@ -23,7 +23,6 @@ class QuantSpec:
         symmetric: the range is symmetric around zero, so ``zero_point`` is the middle of the integers
             (0 for signed ranges).
         ch_axis: axis of the channels for one scale a channel, ``None`` for one scale a tensor.
-        dynamic: qparams are computed from each tensor at run time.
         pow2_scale: scales are rounded up to a power of two.
         observer: name of the range estimator, see :data:`fxq.observers.OBSERVERS`; some take a number
             after a colon (``"percentile:99.99"``).
@@ -42,7 +41,6 @@ class QuantSpec:
     quant_max: int
     symmetric: bool
     ch_axis: int | None = None
-    dynamic: bool = False
     pow2_scale: bool = False
     observer: str = "histogram"
 

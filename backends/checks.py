@@ -1,0 +1,114 @@
+"""Checks of rows: ``None`` where the kernel runs, else the reason why it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.fx import Node
+
+from fxq.ops import (
+    AVG_POOL2D,
+    BATCH_NORM,
+    CAT,
+    INSTANCE_NORM,
+    INTERPOLATE,
+    MATMUL,
+    MEAN,
+    PAD,
+)
+from fxq.plan import Reason, TensorFact
+
+Facts = Mapping[str, TensorFact]
+
+NOT_ALL_TENSORS = Reason("options", "joins something other than tensors")
+RANK = Reason("options", "the int8 kernel does not take tensors of this rank")
+
+
+def rank(*ranks: int) -> object:
+    """A check that the first input has one of these numbers of dimensions."""
+
+    def check(node: Node, facts: Facts) -> Reason | None:
+        fact = facts.get(node.args[0].name) if isinstance(node.args[0], Node) else None
+        return None if fact is not None and len(fact.shape) in ranks else RANK
+
+    return check
+
+
+def all_tensors(node: Node, facts: Facts) -> Reason | None:
+    tensors = CAT.get(node, "tensors")
+    if isinstance(tensors, Node) or not all(isinstance(item, Node) for item in tensors):
+        return NOT_ALL_TENSORS
+    return None
+
+
+def tensor_and_tensor_or_scalar(node: Node, facts: Facts) -> Reason | None:
+    left, right = node.args
+    if not isinstance(left, Node):
+        return Reason("options", "a scalar minus or over a tensor has no int8 kernel")
+    if isinstance(right, Node) and right.name not in facts:
+        return Reason("options", "its second operand is a number known only at run time")
+    if isinstance(right, bool) or not isinstance(right, (Node, int, float)):
+        return Reason("options", "its second operand is not a tensor or a number")
+    return None
+
+
+
+
+def two_tensors(node: Node, facts: Facts) -> Reason | None:
+    left, right = (facts.get(arg.name) if isinstance(arg, Node) else None for arg in node.args)
+    if left is None or right is None:
+        return Reason("options", "takes two tensors")
+    if len(left.shape) != len(right.shape) or len(left.shape) < 3:
+        return Reason("options", f"the int8 {MATMUL.name} takes two batches of matrices of one rank")
+    if left.shape[:-2] != right.shape[:-2]:
+        return Reason("options", f"the int8 {MATMUL.name} does not broadcast batches")
+    return None
+
+
+def same_shape(node: Node, facts: Facts) -> Reason | None:
+    """The accumulated operand of a conv+add has the conv's own output shape."""
+    add = next(iter(node.users), None)
+    shapes = {facts[arg.name].shape for arg in add.args if isinstance(arg, Node)} if add is not None else set()
+    return None if len(shapes) == 1 else Reason("options", "the added tensor has another shape")
+
+
+def dims_given(node: Node, facts: Facts) -> Reason | None:
+    return None if MEAN.get(node, "dim") is not None else Reason("options", "the mean over all values stays float")
+
+
+def zero_padding(node: Node, facts: Facts) -> Reason | None:
+    mode, value = PAD.get(node, "mode"), PAD.get(node, "value")
+    if mode == "constant" and not value:
+        return None
+    fact = facts.get(node.args[0].name) if isinstance(node.args[0], Node) else None
+    if mode == "reflect" and fact is not None and len(fact.shape) in (3, 4):
+        return None
+    return Reason("options", f"no int8 kernel pads with mode={mode!r}, value={value!r}")
+
+
+def interpolation(node: Node, facts: Facts) -> Reason | None:
+    mode = INTERPOLATE.get(node, "mode")
+    fact = facts.get(node.args[0].name) if isinstance(node.args[0], Node) else None
+    if INTERPOLATE.get(node, "antialias") or fact is None:
+        return Reason("options", "no int8 kernel interpolates with antialias")
+    if (mode == "nearest" and len(fact.shape) in (4, 5)) or (mode == "bilinear" and len(fact.shape) == 4):
+        return None
+    return Reason("options", f"no int8 kernel interpolates with mode={mode!r} on {len(fact.shape)} dimensions")
+
+
+def input_statistics(node: Node, facts: Facts) -> Reason | None:
+    if INSTANCE_NORM.get(node, "use_input_stats"):
+        return None
+    return Reason("options", "the int8 kernel normalises with the input's own statistics only")
+
+
+def running_statistics(node: Node, facts: Facts) -> Reason | None:
+    if BATCH_NORM.get(node, "training"):
+        return Reason("options", "normalises with batch statistics")
+    return rank(4, 5)(node, facts)  # type: ignore[operator,no-any-return]
+
+
+def no_divisor(node: Node, facts: Facts) -> Reason | None:
+    if AVG_POOL2D.get(node, "divisor_override") is None:
+        return None
+    return Reason("options", "divisor_override may leave the input's range")

@@ -1,0 +1,134 @@
+"""The rows that all engines run, and the specs they share.
+
+Absent on purpose: silu, mish, sub, div by a tensor, adaptive max pools, roll and bicubic interpolation have no
+int8 kernel in torch; gelu's keeps its input's scale, which wastes half the integers on values it never returns.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fxq import ops
+from fxq.backends import checks
+from fxq.backends.kernels import (
+    Binary,
+    Concatenate,
+    EngineChoice,
+    Keep,
+    PackedConv,
+    PackedLinear,
+    Prelu,
+    WithOutput,
+)
+from fxq.engine import cpu_has_vnni
+from fxq.op_table import CLAMPED, Backend, Fixed, OpRow, Out, Weights
+from fxq.plan import Reason
+from fxq.spec import QuantSpec
+
+ACTIVATION = QuantSpec(dtype=torch.uint8, quant_min=0, quant_max=255, symmetric=False, observer="histogram")
+# Symmetric around zero without -128, so that a weight grid of +-127 is kept exactly.
+WEIGHT = QuantSpec(dtype=torch.int8, quant_min=-127, quant_max=127, symmetric=True, ch_axis=0, observer="minmax")
+# Without VNNI two products are added up in 16 bits: 2 * 255 * 63 = 32130 fits, 2 * 255 * 127 does not.
+# Narrow weights cost no time; narrow activations would cost a clamp each, and more accuracy.
+WEIGHT_7BIT = WEIGHT.replace(quant_min=-63, quant_max=63)
+
+_NORM = ("weight", "bias")
+
+ABSENT = {
+    ops.SILU: Reason("no-kernel", "torch has no int8 silu"),
+    ops.MISH: Reason("no-kernel", "torch has no int8 mish"),
+    ops.GELU: Reason("no-kernel", "torch's int8 gelu keeps its input's scale, which loses a bit"),
+    ops.SUB: Reason("no-kernel", "torch has no int8 subtraction of tensors"),
+    ops.DIV: Reason("no-kernel", "torch has no int8 division by a tensor"),
+    ops.DROPOUT: Reason("no-kernel", "dropout that is active in eval mode"),
+}
+
+
+def weight_spec() -> tuple[QuantSpec, str]:
+    """The weight spec for engines that multiply with vpmaddubsw or VNNI, and why."""
+    if cpu_has_vnni():
+        return WEIGHT, "8-bit weights and activations: this CPU has VNNI, which accumulates in 32 bits"
+    return WEIGHT_7BIT, (
+        "7-bit weights (reduce_range): this CPU has no VNNI, and its 16-bit accumulation would saturate with 8 bits"
+    )
+
+
+def weighted_rows(transposed: Weights = Weights.TENSOR, engine: EngineChoice | None = None) -> tuple[OpRow, ...]:
+    """Conv, conv_transpose and linear.
+
+    Args:
+        transposed: weight schemes of conv_transpose, in which the engines differ.
+        engine: chooses another engine for some convs.
+    """
+    both = Weights.TENSOR | Weights.CHANNEL
+
+    def conv(op: ops.Op, dims: int) -> OpRow:
+        emit = PackedConv(dims, engine=engine)
+        return OpRow(op.name, op, emit, tail=(CLAMPED,), weight=both, relu_kernel=True, heavy=True)
+
+    def conv_transpose(op: ops.Op, dims: int) -> OpRow:
+        return OpRow(op.name, op, PackedConv(dims, True), tail=(CLAMPED,), weight=transposed, heavy=True)
+
+    return (
+        conv(ops.CONV1D, 1),
+        conv(ops.CONV2D, 2),
+        conv(ops.CONV3D, 3),
+        conv_transpose(ops.CONV_TRANSPOSE1D, 1),
+        conv_transpose(ops.CONV_TRANSPOSE2D, 2),
+        conv_transpose(ops.CONV_TRANSPOSE3D, 3),
+        OpRow("linear", ops.LINEAR, PackedLinear(), tail=(CLAMPED,), weight=both, relu_kernel=True, heavy=True),
+    )
+
+
+ARITHMETIC = (
+    OpRow("add", ops.ADD, Binary("add"), tail=(CLAMPED,), relu_kernel=True, check=checks.tensor_and_tensor_or_scalar),
+    OpRow("mul", ops.MUL, Binary("mul"), tail=(CLAMPED,), relu_kernel=True, check=checks.tensor_and_tensor_or_scalar),
+    OpRow("matmul", ops.MATMUL, WithOutput("matmul", inputs=("input", "other")), tail=(CLAMPED,),
+          check=checks.two_tensors),
+    OpRow("cat", ops.CAT, Concatenate(), out=Out.SHARE, mixed_inputs=True, check=checks.all_tensors),
+)  # fmt: skip
+
+ACTIVATIONS = (
+    OpRow("relu", ops.RELU, Keep(ops.RELU), out=Out.SHARE),
+    OpRow("clamp", ops.CLAMP, Keep(ops.CLAMP), out=Out.SHARE),
+    OpRow("sigmoid", ops.SIGMOID, Keep(ops.SIGMOID), out=Fixed(1 / 256, 0)),
+    OpRow("hardsigmoid", ops.HARDSIGMOID, Keep(ops.HARDSIGMOID), out=Fixed(1 / 256, 0)),
+    OpRow("tanh", ops.TANH, Keep(ops.TANH), out=Fixed(1 / 128, 128)),
+    OpRow("hardswish", ops.HARDSWISH, WithOutput("hardswish")),
+    OpRow("leaky_relu", ops.LEAKY_RELU, WithOutput("leaky_relu", ("negative_slope", "inplace"))),
+    OpRow("elu", ops.ELU, WithOutput("elu", ("alpha",), qparams_after=0)),
+    OpRow("prelu", ops.PRELU, Prelu()),
+    OpRow("softmax", ops.SOFTMAX, WithOutput("softmax", ("dim",))),
+)
+
+NORMS = (
+    OpRow("batch_norm", ops.BATCH_NORM,
+          WithOutput("batch_norm", (*_NORM, "running_mean", "running_var", "eps"),
+                     (*_NORM, "running_mean", "running_var")),
+          tail=(CLAMPED,), check=checks.running_statistics),
+    OpRow("layer_norm", ops.LAYER_NORM, WithOutput("layer_norm", ("normalized_shape", *_NORM, "eps"), _NORM)),
+    OpRow("group_norm", ops.GROUP_NORM, WithOutput("group_norm", ("num_groups", *_NORM, "eps"), _NORM)),
+    OpRow("instance_norm", ops.INSTANCE_NORM, WithOutput("instance_norm", (*_NORM, "eps"), _NORM),
+          check=checks.input_statistics),
+)  # fmt: skip
+
+SELECTING = (
+    *(OpRow(op.name, op, Keep(op), out=Out.SHARE) for op in (
+        ops.MAX_POOL1D, ops.MAX_POOL2D, ops.MAX_POOL3D, ops.AVG_POOL1D,
+        ops.ADAPTIVE_AVG_POOL1D, ops.ADAPTIVE_AVG_POOL2D, ops.ADAPTIVE_AVG_POOL3D,
+        ops.FLATTEN, ops.RESHAPE, ops.PERMUTE, ops.TRANSPOSE, ops.SQUEEZE, ops.UNSQUEEZE,
+        ops.CHUNK, ops.SPLIT, ops.GETITEM, ops.CONTIGUOUS, ops.PIXEL_SHUFFLE,
+    )),
+    OpRow("avg_pool2d", ops.AVG_POOL2D, Keep(ops.AVG_POOL2D), out=Out.SHARE, check=checks.no_divisor),
+    OpRow("avg_pool3d", ops.AVG_POOL3D, Keep(ops.AVG_POOL3D), out=Out.SHARE, check=checks.no_divisor),
+    OpRow("mean", ops.MEAN, Keep(ops.MEAN), out=Out.SHARE, check=checks.dims_given),
+    OpRow("interpolate", ops.INTERPOLATE, Keep(ops.INTERPOLATE), out=Out.SHARE, check=checks.interpolation),
+    OpRow("pad", ops.PAD, Keep(ops.PAD), out=Out.SHARE, check=checks.zero_padding),
+)  # fmt: skip
+
+LIGHT = ARITHMETIC + ACTIVATIONS + NORMS + SELECTING
+
+
+def backend(name: str, rows: tuple[OpRow, ...], weight: QuantSpec, *notes: str) -> Backend:
+    """A backend whose engine has its name, with the common specs."""
+    return Backend(name, name, rows, ACTIVATION, weight, notes, ABSENT)

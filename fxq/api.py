@@ -1,0 +1,257 @@
+"""The user's door: one call, or the same in steps."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from fxq.backends import get_backend
+from fxq.calibration import ForwardFn, calibrate, forward_parameters, model_inputs
+from fxq.config import QConfig, QConfigMapping, ResolvedConfig
+from fxq.engine import require_engine
+from fxq.errors import CalibrationError, FxqWarning, StageError
+from fxq.graph_module import QuantModule, copy_module, plan_of
+from fxq.op_table import Backend
+from fxq.ops import Dictionary
+from fxq.pass_base import Pipeline
+from fxq.passes.absorb_clamp import AbsorbClamp
+from fxq.passes.annotate import Annotate
+from fxq.passes.canonicalize import Canonicalize
+from fxq.passes.drop_identity import DropIdentity
+from fxq.passes.drop_islands import DropIslands
+from fxq.passes.fold_batchnorm import FoldBatchNorm
+from fxq.passes.insert_observers import InsertObservers
+from fxq.passes.lower import lower as lower_graph
+from fxq.passes.record_facts import RecordFacts
+from fxq.passes.rewrite_scalars import RewriteScalars
+from fxq.passes.share_qparams import ShareQParams
+from fxq.passes.simplify_qdq import SimplifyQDQ
+from fxq.passes.to_reference import ToReference
+from fxq.plan import NEVER_OBSERVED, QuantPlan, Stage
+from fxq.tracing import require_eval, trace
+
+BACKEND = "fxq_backend"  # where a module's meta keeps the table it was prepared for
+Exclusions = Iterable[str | type[nn.Module]] | str | type[nn.Module]
+
+
+def quantize(
+    model: nn.Module,
+    calibration_data: Iterable[Any],
+    *,
+    backend: str | Backend = "x86",
+    qconfig: QConfig | QConfigMapping | str = "per_channel",
+    exclude: Exclusions = (),
+    example_inputs: Any = None,
+    num_batches: int | None = None,
+    forward_fn: ForwardFn | None = None,
+    progress: bool | None = None,
+) -> QuantModule:
+    """Quantize an unmodified model to int8 in one call.
+
+    Args:
+        model: in eval mode; left as it is.
+        calibration_data: representative inputs: any iterable of tensors, tuples, dicts, or a DataLoader's
+            ``(input, target)`` pairs. A hundred images are plenty for most models.
+        backend: ``"x86"``, ``"fbgemm"``, ``"onednn"``, ``"qnnpack"``, or a table of your own.
+        qconfig: ``"per_channel"``, ``"per_tensor"``, a :class:`QConfig` or a :class:`QConfigMapping`.
+        exclude: what stays float: module paths (with what is inside, ``*`` allowed), module classes or op names.
+        example_inputs: a tensor, tuple or dict of inputs; by default the first calibration batch.
+        num_batches: calibrate with this many batches; all by default.
+        forward_fn: ``forward_fn(model, batch)``, where a batch does not tell how the model is called; needs
+            ``example_inputs``.
+        progress: show a progress bar; by default only on a terminal.
+
+    Returns:
+        A ``torch.fx.GraphModule`` that is called like the model.
+
+    Raises:
+        FxqError: one of its kinds, naming what is wrong and the remedy.
+
+    Example:
+        >>> qmodel = fxq.quantize(resnet18().eval(), loader, backend="x86")           # doctest: +SKIP
+        >>> print(fxq.summary(qmodel))                                                # doctest: +SKIP
+    """
+    if example_inputs is None:
+        if forward_fn is not None:
+            raise CalibrationError("forward_fn needs example_inputs: a batch does not tell how the model is called")
+        batches = iter(calibration_data)
+        first = next(batches, None)
+        if first is None:
+            raise CalibrationError("the calibration data is empty: give at least one batch")
+        args, kwargs = model_inputs(first, forward_parameters(model))
+        calibration_data = _Chained(first, batches, calibration_data)
+        prepared = _prepare(model, args, kwargs, backend, qconfig, exclude)
+    else:
+        prepared = prepare(model, example_inputs, backend=backend, qconfig=qconfig, exclude=exclude)
+    calibrate(prepared, calibration_data, num_batches=num_batches, forward_fn=forward_fn, progress=progress)
+    return convert(prepared)
+
+
+class _Chained:
+    """The first batch that was looked at, then the others; keeps the length of the data for the progress bar."""
+
+    def __init__(self, first: Any, rest: Iterable[Any], data: Iterable[Any]) -> None:
+        self._first, self._rest, self._data = first, rest, data
+
+    def __iter__(self) -> Any:
+        return itertools.chain([self._first], self._rest)
+
+    def __len__(self) -> int:
+        return len(self._data)  # type: ignore[arg-type]
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    backend: str | Backend = "x86",
+    qconfig: QConfig | QConfigMapping | str = "per_channel",
+    exclude: Exclusions = (),
+) -> QuantModule:
+    """Trace, fold, fuse, and put observers on the edges; the result is called like the model to calibrate it.
+
+    Args:
+        model: in eval mode; left as it is.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; only their shapes and
+            dtypes matter.
+        backend, qconfig, exclude: as for :func:`quantize`.
+
+    Raises:
+        FxqError: one of its kinds, naming what is wrong and the remedy.
+
+    Example:
+        >>> prepared = fxq.prepare(model, torch.rand(1, 3, 224, 224), backend="x86")  # doctest: +SKIP
+        >>> for images, _ in loader: prepared(images)                                 # doctest: +SKIP
+        >>> qmodel = fxq.convert(prepared)                                            # doctest: +SKIP
+    """
+    args, kwargs = _as_inputs(example_inputs)
+    return _prepare(model, args, kwargs, backend, qconfig, exclude)
+
+
+def _as_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        return (), example_inputs
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def _prepare(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    backend: str | Backend,
+    qconfig: QConfig | QConfigMapping | str,
+    exclude: Exclusions,
+) -> QuantModule:
+    if isinstance(model, QuantModule) and "fxq" in model.meta:
+        raise StageError(f"this model is already {model.plan.stage.value}; prepare takes the float model")
+    require_eval(model)
+    table = get_backend(backend) if isinstance(backend, str) else backend
+    require_engine(table.engine)
+    config = _as_mapping(qconfig).resolved(table, exclude)
+    ops = table.dictionary
+    module, untraceable = trace(model, args, kwargs)
+    plan = QuantPlan(table.name, notes=list(table.notes), untraceable=untraceable)
+    module.meta["fxq"] = plan
+    module.meta[BACKEND] = table
+    Pipeline([Canonicalize(ops)])(module)
+    _check_names(config, module, ops)
+    Pipeline(prepare_passes(table, config, args, kwargs))(module)
+    plan.stage = Stage.PREPARED
+    return module
+
+
+def prepare_passes(
+    table: Backend, config: ResolvedConfig, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """What happens between the canonical graph and the prepared one, in order."""
+    ops = table.dictionary
+    return [
+        DropIdentity(ops),
+        FoldBatchNorm(ops),
+        RecordFacts(args, kwargs),
+        RewriteScalars(ops),
+        Annotate(table, config, ops),
+        DropIslands(table),
+        ShareQParams(table, ops),
+        InsertObservers(table),
+    ]
+
+
+def _as_mapping(qconfig: QConfig | QConfigMapping | str) -> QConfigMapping:
+    return qconfig if isinstance(qconfig, QConfigMapping) else QConfigMapping().set_global(qconfig)
+
+
+def _check_names(config: ResolvedConfig, module: QuantModule, ops: Dictionary) -> None:
+    known = []
+    for node in module.graph.nodes:
+        op = ops.op_of(node)
+        known.append((module.plan.origin(node.name), op.name if op else ""))
+    config.check_names(known)
+
+
+def convert_to_reference(prepared: nn.Module) -> QuantModule:
+    """The calibrated model as a graph of quantize/dequantize pairs on plain integers, with float ops between.
+
+    It runs anywhere float torch runs, exports, and defines the numbers that every lowering is judged against.
+
+    Args:
+        prepared: calibrated; unchanged, so that calibration may go on.
+
+    Raises:
+        StageError: if the model was not prepared.
+        CalibrationError: if no observer saw any data.
+    """
+    plan_of(prepared, Stage.PREPARED)
+    assert isinstance(prepared, QuantModule)
+    table: Backend = prepared.meta[BACKEND]
+    reference = copy_module(prepared)
+    Pipeline([ToReference(table, table.dictionary), AbsorbClamp(table.dictionary), SimplifyQDQ()])(reference)
+    reference.plan.stage = Stage.REFERENCE
+    _warn_never_observed(reference.plan)
+    return reference
+
+
+def _warn_never_observed(plan: QuantPlan) -> None:
+    names = [name for name, decision in plan.decisions.items() if decision.reason is NEVER_OBSERVED]
+    if names:
+        warnings.warn(
+            f"{', '.join(plan.where(name) for name in names[:5])}{' and others' if len(names) > 5 else ''} saw no data "
+            f"while calibrating and stays float; calibrate with inputs that reach it, or exclude it",
+            FxqWarning,
+            stacklevel=3,
+        )
+
+
+def convert(prepared: nn.Module) -> QuantModule:
+    """The calibrated model with the packed int8 kernels of its backend.
+
+    Args:
+        prepared: calibrated; unchanged.
+
+    Raises:
+        StageError, CalibrationError: as :func:`convert_to_reference`.
+    """
+    reference = convert_to_reference(prepared)
+    return lower_graph(reference, reference.meta[BACKEND])
+
+
+def lower(reference: nn.Module, backend: str | Backend) -> QuantModule:
+    """The packed model of a reference graph, for any backend.
+
+    Args:
+        reference: from :func:`convert_to_reference`; unchanged.
+        backend: a name or a table.
+
+    Raises:
+        StageError: if ``reference`` is no reference graph.
+        BackendError: for an unknown backend or an engine this torch lacks.
+    """
+    plan_of(reference, Stage.REFERENCE)
+    assert isinstance(reference, QuantModule)
+    return lower_graph(reference, get_backend(backend) if isinstance(backend, str) else backend)

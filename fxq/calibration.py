@@ -1,0 +1,115 @@
+"""Feeding calibration data to a prepared model."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fxq.errors import CalibrationError
+from fxq.graph_module import QuantModule, plan_of
+from fxq.plan import Stage
+
+ForwardFn = Callable[[nn.Module, Any], Any]
+
+
+def calibrate(
+    prepared: nn.Module,
+    data: Iterable[Any],
+    *,
+    num_batches: int | None = None,
+    forward_fn: ForwardFn | None = None,
+    progress: bool | None = None,
+) -> None:
+    """Run batches through a prepared model, so that its observers see the activations.
+
+    Args:
+        prepared: from :func:`fxq.prepare`.
+        data: an iterable of tensors, tuples, dicts or a DataLoader's ``(input, target)`` pairs; what the model's
+            forward does not take is dropped.
+        num_batches: stop after this many batches; all by default.
+        forward_fn: ``forward_fn(model, batch)`` calls the model itself, where the batch alone does not tell how.
+        progress: show a progress bar; by default only on a terminal.
+
+    Raises:
+        CalibrationError: if there is no data, or an activation is NaN or infinite; names the node.
+        StageError: if the model was not prepared.
+
+    Example:
+        >>> fxq.calibrate(prepared, [torch.rand(8, 3, 224, 224) for _ in range(4)])   # doctest: +SKIP
+    """
+    plan_of(prepared, Stage.PREPARED)
+    assert isinstance(prepared, QuantModule)
+    parameters = forward_parameters(prepared)
+    show = sys.stderr.isatty() if progress is None else progress
+    batches = tqdm(itertools.islice(data, num_batches), "calibrate", _length(data, num_batches), disable=not show)
+    seen = 0
+    with torch.no_grad():
+        for batch in batches:
+            if forward_fn is not None:
+                forward_fn(prepared, batch)
+            else:
+                args, kwargs = model_inputs(batch, parameters)
+                _check_finite(args, kwargs, seen)
+                prepared(*args, **kwargs)
+            seen += 1
+    if seen == 0:
+        raise CalibrationError(
+            "the calibration data is empty: give at least one batch (a generator can be read only once)"
+        )
+
+
+def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """Parameters of a model's forward; for a traced one, those of its placeholders."""
+    return list(inspect.signature(model.forward).parameters.values())
+
+
+def model_inputs(batch: Any, parameters: list[inspect.Parameter]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` that a batch means for a forward with these parameters.
+
+    A tuple longer than the forward's parameters is ``(inputs..., labels...)``: what is too much is dropped. A dict
+    is keyword inputs; keys the forward does not know are dropped.
+
+    Raises:
+        CalibrationError: where the batch does not tell which of its members are labels.
+    """
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if isinstance(batch, Mapping):
+        known = {name: value for name, value in batch.items() if name in names}
+        return ((), known) if known else ((batch,), {})
+    if not isinstance(batch, (tuple, list)):
+        return (batch,), {}
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return tuple(batch), {}
+    required = sum(p.default is p.empty for p in parameters if p.name in names)
+    if len(batch) < required:
+        raise CalibrationError(
+            f"a batch has {len(batch)} members, but the model's forward needs {required} inputs "
+            f"({', '.join(names[:required])}); pass forward_fn=lambda model, batch: ..."
+        )
+    if required < len(batch) <= len(names):
+        raise CalibrationError(
+            f"cannot tell whether member {required + 1} of a batch is a label or the optional input "
+            f"'{names[required]}'; pass forward_fn=lambda model, batch: model(...), or example_inputs"
+        )
+    return tuple(batch[: len(names)]), {}
+
+
+def _check_finite(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> None:
+    for name, value in [*enumerate(args), *kwargs.items()]:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CalibrationError(f"input {name!r} of calibration batch {batch} has NaN or infinite values")
+
+
+def _length(data: Iterable[Any], num_batches: int | None) -> int | None:
+    try:
+        length = len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return num_batches
+    return length if num_batches is None else min(length, num_batches)

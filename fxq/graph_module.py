@@ -1,0 +1,130 @@
+"""The module class of every stage: a ``torch.fx.GraphModule`` that carries a plan."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxq.engine import running
+from fxq.errors import InputError, StageError
+from fxq.plan import QuantPlan, Stage, TensorFact
+
+
+class QuantModule(fx.GraphModule):
+    """A traced model with its :class:`~fxq.plan.QuantPlan` in ``meta["fxq"]``; called like the model."""
+
+    @property
+    def plan(self) -> QuantPlan:
+        plan = self.meta.get("fxq")
+        if plan is None:
+            raise StageError("this graph module has no quantization plan; make one with fxq.prepare")
+        return plan
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        lowered = "fxq" in self.meta and self.plan.stage is Stage.LOWERED
+        try:
+            if not lowered:
+                return super().__call__(*args, **kwargs)
+            with running():
+                return super().__call__(*args, **kwargs)
+        except (RuntimeError, TypeError) as error:
+            explanation = explain_inputs(self, args, kwargs)
+            if explanation is None:
+                raise
+            raise InputError(explanation) from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantModule:
+        # Packed weights never change, and copying one would pack it again under whatever engine is set.
+        for value in vars(self).values():
+            if isinstance(value, torch.ScriptObject):
+                memo[id(value)] = value
+        return super().__deepcopy__(memo)
+
+
+def plan_of(module: nn.Module, *stages: Stage) -> QuantPlan:
+    """The plan of ``module``; raises StageError unless it is at one of ``stages``."""
+    plan = module.meta.get("fxq") if isinstance(module, fx.GraphModule) else None
+    if not isinstance(plan, QuantPlan):
+        raise StageError(
+            f"{type(module).__name__} was not made by fxq; start with fxq.prepare(model, example_inputs) "
+            f"or fxq.quantize(model, data)"
+        )
+    if stages and plan.stage not in stages:
+        wanted = " or ".join(stage.value for stage in stages)
+        raise StageError(f"this model is {plan.stage.value}, but a {wanted} one is needed here")
+    return plan
+
+
+def get_attribute(module: nn.Module, path: str) -> Any:
+    """The parameter, buffer or other attribute at a dotted path."""
+    parent, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(parent), name)
+
+
+def set_tensor(module: nn.Module, path: str, value: torch.Tensor) -> None:
+    """Put a tensor at a dotted path, as a parameter if it is one, else as a buffer; makes what modules lack."""
+    parent, _, name = path.rpartition(".")
+    owner = module
+    for part in filter(None, parent.split(".")):
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    if name in owner.__dict__ or name in owner._parameters or name in owner._buffers:
+        delattr(owner, name)
+    if isinstance(value, nn.Parameter):
+        owner.register_parameter(name, value)
+    else:
+        owner.register_buffer(name, value)
+
+
+def free_path(module: nn.Module, path: str) -> str:
+    """``path``, or ``path_1``, ``path_2``, ... where that is taken."""
+    candidate, number = path, 0
+    while _taken(module, candidate):
+        number += 1
+        candidate = f"{path}_{number}"
+    return candidate
+
+
+def _taken(module: nn.Module, path: str) -> bool:
+    try:
+        get_attribute(module, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def copy_module(module: QuantModule) -> QuantModule:
+    """An independent copy of a module and its plan."""
+    return copy.deepcopy(module)
+
+
+def explain_inputs(module: QuantModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """What is wrong with the inputs of a failed call, or ``None`` if nothing is seen to be."""
+    if "fxq" not in module.meta:
+        return None
+    given = dict(zip((n.name for n in module.graph.nodes if n.op == "placeholder"), args, strict=False)) | kwargs
+    for name, value in given.items():
+        fact = module.plan.facts.get(name)
+        if fact is None:
+            continue
+        if not isinstance(value, torch.Tensor):
+            return f"input '{name}' is a {type(value).__name__}; the model takes a tensor of {_describe(fact)}"
+        if value.dtype != fact.dtype:
+            return f"input '{name}' is {value.dtype}; the model was prepared for {fact.dtype}: convert it with .to()"
+        channels_differ = value.dim() > 1 and value.shape[1:2] != fact.shape[1:2]
+        if value.dim() != len(fact.shape) or channels_differ:
+            return f"input '{name}' has shape {list(value.shape)}; the model was prepared with {_describe(fact)}"
+        if value.shape[2:] != fact.shape[2:]:
+            return (
+                f"input '{name}' has shape {list(value.shape)}, and the model fails on it; it was prepared with "
+                f"{_describe(fact)}"
+            )
+    return None
+
+
+def _describe(fact: TensorFact) -> str:
+    return f"shape {list(fact.shape)} and {fact.dtype}"

@@ -1,0 +1,161 @@
+"""Tracing an unmodified model; submodules that cannot be traced stay as float leaves, with the reason.
+
+When a submodule's forward fails under tracing, the nodes it added are erased and one ``call_module`` takes
+their place, so exactly the innermost module that cannot be traced is left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxq.errors import StageError, TraceError
+from fxq.graph_module import QuantModule, get_attribute, set_tensor
+
+
+class Tracer(fx.Tracer):
+    """A ``torch.fx`` tracer that contains failures; ``untraceable`` maps module paths to reasons."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=())
+        self.untraceable: dict[str, str] = {}
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        last = next(reversed(self.graph.nodes), None)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:  # whatever a forward may raise on a proxy: the module becomes a leaf
+            path = self.path_of_module(m)
+            self.untraceable[path] = blocking_statement(error)
+            self._erase_after(last)
+            return self.create_proxy("call_module", path, args, kwargs)
+
+    def _erase_after(self, last: fx.Node | None) -> None:
+        for node in reversed(list(self.graph.nodes)):
+            if node is last:
+                break
+            self.graph.erase_node(node)
+
+
+def blocking_statement(error: BaseException) -> str:
+    """One line: the error, and the file, line and statement of the model's code that raised it."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_machinery(f.filename)]
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{where}"
+
+
+def _is_machinery(filename: str) -> bool:
+    machinery = (inspect.getfile(fx), inspect.getfile(nn.Module), __file__)
+    fx_folder = machinery[0].rsplit("/", 1)[0]
+    return filename.startswith(fx_folder) or filename in machinery or filename.startswith("<")
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[QuantModule, dict[str, str]]:
+    """Trace ``model`` in eval mode.
+
+    Args:
+        model: left as it is; the result has parameters of its own.
+        args, kwargs: example inputs; parameters of ``forward`` they do not give are fixed at their defaults.
+
+    Returns:
+        The traced module and, for each float leaf that could not be traced, its path and the reason.
+
+    Raises:
+        StageError: if a module is in training mode.
+        TraceError: if the model's own forward cannot be traced.
+    """
+    require_eval(model)
+    tracer = Tracer()
+    try:
+        graph = tracer.trace(model, concrete_args=_absent_arguments(model, args, kwargs))
+    except Exception as error:
+        raise TraceError(
+            f"the forward of {type(model).__name__} cannot be traced with torch.fx: {blocking_statement(error)}. "
+            f"Quantize the submodules that do the work instead, e.g. model.backbone = fxq.quantize(model.backbone, "
+            f"...), or move the data-dependent statement into a submodule of its own, which then stays float"
+        ) from error
+    _restore_defaults(graph, model)
+    module = QuantModule(model, graph, type(model).__name__)
+    _independent_copy(module, graph)
+    return module, tracer.untraceable
+
+
+def require_eval(model: nn.Module) -> None:
+    """Raise StageError if any module is in training mode."""
+    for name, module in model.named_modules():
+        if module.training:
+            what = f"module '{name}' ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+            raise StageError(f"{what} is in training mode; call model.eval() first")
+
+
+def _absent_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Defaults of the forward parameters that the example inputs leave out."""
+    absent: dict[str, Any] = {}
+    positional = 0
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            return None  # torch.fx takes no concrete arguments beside *args
+        given = positional < len(args) or name in kwargs
+        positional += 1
+        if not given and parameter.default is not parameter.empty:
+            absent[name] = parameter.default
+    return absent or None
+
+
+def _restore_defaults(graph: fx.Graph, model: nn.Module) -> None:
+    """Give fixed parameters their defaults again, so that callers may leave them out as before."""
+    parameters = inspect.signature(model.forward).parameters
+    for node in graph.nodes:
+        if node.op != "placeholder" or node.args:
+            continue
+        parameter = parameters.get(str(node.target).rsplit("_", 1)[0])
+        if parameter is not None and str(node.target) not in parameters and parameter.default is not parameter.empty:
+            node.args = (parameter.default,)
+
+
+def _independent_copy(root: nn.Module, graph: fx.Graph) -> None:
+    """Replace every tensor and leaf module that ``graph`` uses by a copy; ``root`` is a fresh GraphModule.
+
+    Tensors and modules that were one object stay one object. ``copy.deepcopy`` of the model would refuse
+    tensors that are computed from parameters, as the older weight_norm leaves them.
+    """
+    memo: dict[int, Any] = {}
+    leaves = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    for path in leaves:
+        parent, _, name = path.rpartition(".")
+        setattr(root.get_submodule(parent), name, _copy_structure(root.get_submodule(path), memo))
+    for path in {str(node.target) for node in graph.nodes if node.op == "get_attr"}:
+        value = get_attribute(root, path)
+        if isinstance(value, torch.Tensor):
+            set_tensor(root, path, _copy_tensor(value, memo))
+
+
+def _copy_structure(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    if id(module) in memo:
+        return memo[id(module)]  # type: ignore[no-any-return]
+    clone = copy.copy(module)
+    memo[id(module)] = clone
+    clone.__dict__ = dict(module.__dict__)
+    for table in ("_parameters", "_buffers"):
+        tensors = {name: t if t is None else _copy_tensor(t, memo) for name, t in getattr(module, table).items()}
+        clone.__dict__[table] = tensors
+    clone.__dict__["_modules"] = {
+        name: child if child is None else _copy_structure(child, memo) for name, child in module._modules.items()
+    }
+    return clone
+
+
+def _copy_tensor(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    if id(tensor) not in memo:
+        clone = tensor.detach().clone()
+        memo[id(tensor)] = nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
+        memo[id(memo[id(tensor)])] = memo[id(tensor)]  # already a copy when met again
+    return memo[id(tensor)]  # type: ignore[no-any-return]

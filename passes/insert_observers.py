@@ -1,0 +1,62 @@
+"""Put one observer for each group of slots on the edges where its values enter.
+
+Values enter a group where an op with its own range produces them and where a float tensor is quantized.
+Outputs of ops that share their input's qparams lie inside the input's range, so they are not observed again.
+Weights are observed once, here; they do not change while calibrating.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.fx import Node
+
+from fxq.graph_module import QuantModule, free_path, get_attribute
+from fxq.observers import Observer, make_observer
+from fxq.op_table import Backend, sharing_ends
+from fxq.pass_base import Pass
+from fxq.plan import QuantPlan, Slot
+from fxq.slots import entry_points, replace_argument
+from fxq.spec import QuantSpec
+
+
+class InsertObservers(Pass):
+    """Observer modules, called on the edges of the graph."""
+
+    requires = frozenset({"grouped"})
+    ensures = frozenset({"observed"})
+
+    def __init__(self, backend: Backend, make: Callable[[QuantSpec], Observer] = make_observer) -> None:
+        self.backend, self.make = backend, make
+
+    def run(self, module: QuantModule, plan: QuantPlan) -> int:
+        if plan.observers:
+            return 0
+        nodes = {node.name: node for node in module.graph.nodes}
+        entries = entry_points(nodes, plan, sharing_ends(plan, self.backend))
+        for group, points in entries.items():
+            if group not in plan.fixed:
+                self._observe(group, points, module, plan, nodes)
+        return len(plan.observers)
+
+    def _observe(
+        self, group: int, points: dict[str, list[Slot]], module: QuantModule, plan: QuantPlan, nodes: dict[str, Node]
+    ) -> None:
+        spec = plan.specs[next(iter(points.values()))[0]]
+        path = free_path(module, f"{next(iter(points))}_observer")
+        observer = self.make(spec)
+        module.add_submodule(path, observer)
+        plan.observers[group] = path
+        if all(nodes[name].op == "get_attr" for name in points):
+            for name in points:
+                observer(get_attribute(module, str(nodes[name].target)))
+            observer.enabled = False
+        for producer_name, slots in points.items():
+            producer = nodes[producer_name]
+            with module.graph.inserting_after(producer):
+                call = module.graph.create_node("call_module", path, (producer,), name=f"{producer_name}_observer")
+            if slots == [Slot(producer_name)]:
+                producer.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+            else:
+                for slot in slots:
+                    replace_argument(nodes[slot.node], slot.path, call)

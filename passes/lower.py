@@ -1,0 +1,390 @@
+"""Translate a reference graph into one of packed int8 kernels.
+
+Two walks over the reference graph. The first finds what becomes a kernel: for each quantize node, the chain
+that ends in it and whose inputs are all dequantized integers. The second builds a new graph, in which such a
+chain is one kernel, a quantize of a float tensor and a dequantize for a float reader are the only conversions
+left, and everything else is copied.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import Node
+
+from fxq.engine import packing, require_engine
+from fxq.graph_module import QuantModule, get_attribute, set_tensor
+from fxq.matcher import Match, best_match, other_operand
+from fxq.numerics import dequantize
+from fxq.op_table import Backend, IntWeight, Out, OutQuant, Weights
+from fxq.ops import Dictionary
+from fxq.plan import (
+    NO_KERNEL,
+    Decision,
+    Kernel,
+    QuantPlan,
+    Reason,
+    Stage,
+    Status,
+    float_decision,
+)
+from fxq.qdq import DEQUANTIZE_CHANNEL, is_dequantize, is_quantize
+from fxq.spec import QParams
+
+WEIGHT_SCHEME = Reason("weight-scheme", "the backend's kernel takes per-tensor weights only")
+_SHAPE_METHODS = frozenset({"size", "dim", "numel", "nelement", "ndimension"})
+_SHAPE_ATTRIBUTES = frozenset({"shape", "ndim"})
+
+
+def lower(reference: QuantModule, backend: Backend) -> QuantModule:
+    """A new module that runs ``reference`` with the packed kernels of ``backend``.
+
+    Args:
+        reference: a reference graph with its plan; unchanged.
+        backend: its engine must be in this torch.
+
+    Raises:
+        BackendError: if this torch lacks the backend's engine.
+    """
+    require_engine(backend.engine)
+    with warnings.catch_warnings():
+        # torch announces the removal of its quantized dtypes once a process; a user of fxq need not act on it.
+        warnings.filterwarnings("ignore", message=".*deprecated.*")
+        return _Lowering(reference, backend).run()
+
+
+def output_quant(quantize: Node) -> OutQuant:
+    """The output of a quantize node in uint8 terms: signed integers are shifted by 128."""
+    _, scale, zero_point, quant_min, quant_max, dtype = quantize.args
+    shift = 128 if dtype == torch.int8 else 0
+    return OutQuant(scale, zero_point + shift, quant_min + shift, quant_max + shift)  # type: ignore
+
+
+@dataclass
+class _Lowering:
+    reference: QuantModule
+    backend: Backend
+
+    def __post_init__(self) -> None:
+        self.ops: Dictionary = self.backend.dictionary
+        self.old: QuantPlan = self.reference.plan
+        self.graph = fx.Graph()
+        self.module = QuantModule(torch.nn.Module(), fx.Graph())
+        self.plan = QuantPlan(self.backend.name, Stage.LOWERED, {"canonical", "facts", "annotated"})
+        self.regions = {region.nodes[0]: region for region in self.old.regions}
+        self.matches: dict[Node, Match] = {}  # by quantize node
+        self.sharing: set[Node] = set()  # ops that run on integers and keep their qparams
+        self.refusals: dict[str, Reason] = {}
+        self.floats: dict[Node, Any] = {}
+        self.ints: dict[Node, Node] = {}
+        self.qparams: dict[Node, tuple[float, int]] = {}
+
+    def run(self) -> QuantModule:
+        for node in self.reference.graph.nodes:
+            if is_quantize(node):
+                self._find(node)
+        covered = self.sharing | {node for match in self.matches.values() for node in match.nodes}
+        for node in self.reference.graph.nodes:
+            if is_quantize(node):
+                self._quantized(node)
+            elif not (node in covered or is_dequantize(node) or node.op == "get_attr"):
+                self.float_value(node)
+        return self._finish()
+
+    # -- first walk: what becomes a kernel
+
+    def _find(self, quantize: Node) -> None:
+        end = quantize.args[0]
+        assert isinstance(end, Node)
+        if self._shares(end, quantize) or end.op in ("placeholder", "get_attr"):
+            return
+        root, chain = end, [end]
+        while root.args and isinstance(root.args[0], Node) and len(chain) < 4 and not is_dequantize(root.args[0]):
+            root = root.args[0]
+            chain.append(root)
+        for candidate in reversed(chain):
+            op = self.ops.op_of(candidate)
+            if op is None:
+                continue
+            found = best_match(self.backend, candidate, self.ops, self.old.facts)
+            if isinstance(found, Reason):
+                self.refusals[candidate.name] = found
+            elif found.end is end and self._runs_on_integers(found):
+                self.matches[quantize] = found
+                return
+
+    def _runs_on_integers(self, match: Match) -> bool:
+        for node in match.nodes:
+            op = self.ops.op_of(node)
+            assert op is not None
+            if any(p not in match.nodes and not self._is_int(p) for _, p in op.tensor_arguments(node)):
+                return False
+        op = match.row.op
+        if op.weight is None:
+            return True
+        weight = op.get(match.root, op.weight)
+        if not is_dequantize(weight):
+            return False
+        if weight.target is DEQUANTIZE_CHANNEL and not match.row.weight & Weights.CHANNEL:
+            self.refusals[match.root.name] = WEIGHT_SCHEME
+            return False
+        return True
+
+    def _is_int(self, node: Node) -> bool:
+        return is_dequantize(node) or node in self.sharing
+
+    def _shares(self, node: Node, quantize: Node) -> bool:
+        """Whether ``node`` runs on integers and its output has the qparams of its inputs."""
+        op = self.ops.op_of(node)
+        if op is None or is_dequantize(node):
+            return False
+        found = best_match(self.backend, node, self.ops, self.old.facts)
+        if isinstance(found, Reason):
+            self.refusals[node.name] = found
+            return False
+        if found.row.out is not Out.SHARE:
+            return False
+        out = output_quant(quantize)
+        for _, producer in op.tensor_arguments(node):
+            if producer in self.sharing:
+                continue
+            if is_dequantize(producer):
+                source = producer.args[0]
+                same = is_quantize(source) and self._same_qparams(output_quant(source), out)  # type: ignore
+                if not same and not found.row.mixed_inputs:
+                    return False
+            elif producer.name not in self.old.containers or not self._shares(producer, quantize):
+                return False
+        self.sharing.add(node)
+        self.matches[quantize] = found
+        return True
+
+    @staticmethod
+    def _same_qparams(a: OutQuant, b: OutQuant) -> bool:
+        return (a.scale, a.zero_point) == (b.scale, b.zero_point)
+
+    # -- second walk: the new graph
+
+    def _quantized(self, quantize: Node) -> None:
+        match = self.matches.get(quantize)
+        out = output_quant(quantize)
+        if match is None:
+            self.ints[quantize] = self._entry(quantize, out)
+        else:
+            self.ints[quantize] = self.emit(match, out)
+        self.qparams[self.ints[quantize]] = (out.scale, out.zero_point)
+
+    def emit(self, match: Match, out: OutQuant) -> Node:
+        """The kernel of a match; containers (chunk, split) on the way to it are emitted first."""
+        if match.root in self.ints:
+            return self.ints[match.root]
+        emission = _Emission(self, match, out)
+        node = emission.saturated(match.row.emit(emission))
+        status = Status.SHARED if match.row.out is Out.SHARE else Status.QUANTIZED
+        self._record(node, match, Decision(status, match.row.name), match.row.emit.kernel, out, emission.engine)
+        self.ints[match.root] = node
+        return node
+
+    def int_value(self, node: Node, out: OutQuant) -> Node:
+        """The int8 node that carries a value of the reference graph."""
+        if is_dequantize(node):
+            return self.ints[node.args[0]]  # type: ignore[index]
+        found = best_match(self.backend, node, self.ops, self.old.facts)
+        assert isinstance(found, Match)
+        return self.emit(found, out)
+
+    def _entry(self, quantize: Node, out: OutQuant) -> Node:
+        """Quantize a float tensor: once and for all if it is a constant."""
+        source = quantize.args[0]
+        assert isinstance(source, Node)
+        if source.op == "get_attr":
+            value = get_attribute(self.reference, str(source.target)).detach()
+            value = torch.quantize_per_tensor(value, out.scale, out.zero_point, torch.quint8)
+            return self.constant(f"{source.name}_int8", value)
+        args = (self.float_value(source), out.scale, out.zero_point, torch.quint8)
+        node = self.call(f"{source.name}_quantize", torch.quantize_per_tensor, args)
+        kernel = "quantize_per_tensor"
+        if (out.quant_min, out.quant_max) != (0, 255):
+            node = self.call(f"{source.name}_clamp", torch.clamp, (node, *real_bounds(out)))
+            kernel += " + clamp"
+        self._describe(node, source.name, Decision(Status.QUANTIZED, "quantize"), Kernel(kernel, *_pair(out)))
+        return node
+
+    def float_value(self, node: Node) -> Any:
+        """The float node that carries a value of the reference graph, made when first needed."""
+        if node in self.floats:
+            return self.floats[node]
+        if is_dequantize(node):
+            made = self._dequantize(node)
+        elif node.op == "get_attr":
+            path = str(node.target)
+            made = self.constant(node.name, get_attribute(self.reference, path), path)
+        else:
+            argument = self._shape_source if reads_shape(node) else self.float_value
+            made = self.graph.node_copy(node, argument)
+            self._copy_record(node, made)
+        self.floats[node] = made
+        return made
+
+    def _shape_source(self, node: Node) -> Any:
+        """Sizes can be read from integers, so that no dequantize is kept just for them."""
+        is_activation = is_dequantize(node) and is_quantize(node.args[0])  # type: ignore[arg-type]
+        return self.ints[node.args[0]] if is_activation else self.float_value(node)  # type: ignore[index]
+
+    def _dequantize(self, node: Node) -> Node:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        if not is_quantize(source):
+            weight = self.int_weight(node)
+            return self.constant(f"{source.name}_float", dequantize(weight.values, weight.qparams, weight.ch_axis))
+        made = self.call(f"{source.args[0].name}_dequantize", torch.Tensor.dequantize, (self.ints[source],))  # type: ignore
+        scale, zero_point = self.qparams[self.ints[source]]
+        kernel = Kernel("dequantize", scale, zero_point)
+        self._describe(made, source.args[0].name, Decision(Status.QUANTIZED, "dequantize"), kernel)  # type: ignore
+        return made
+
+    def int_weight(self, dq: Node) -> IntWeight:
+        """The weight behind a dequantize node of the reference graph."""
+        values = get_attribute(self.reference, str(dq.args[0].target))  # type: ignore[union-attr]
+        if dq.target is DEQUANTIZE_CHANNEL:
+            scale, zero_point = (get_attribute(self.reference, str(a.target)) for a in dq.args[1:3])  # type: ignore
+            return IntWeight(values, QParams(scale, zero_point), dq.args[3])  # type: ignore[arg-type]
+        scale, zero_point = dq.args[1:3]
+        pair = QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
+        return IntWeight(values, pair, None)
+
+    # -- nodes of the new graph and what the plan says of them
+
+    def call(self, name: str, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Any = None) -> Node:
+        return self.graph.create_node("call_function", target, args, kwargs or {}, name=name)
+
+    def constant(self, name: str, value: Any, path: str | None = None) -> Node:
+        node = self.graph.create_node("get_attr", path or name, name=name)
+        if isinstance(value, torch.Tensor) and path is not None:
+            set_tensor(self.module, path, value)
+        elif isinstance(value, torch.Tensor):
+            node.target = node.name
+            self.module.register_buffer(node.name, value)
+        else:
+            node.target = node.name
+            setattr(self.module, node.name, value)
+        return node
+
+    def _record(
+        self, node: Node, match: Match, decision: Decision, kernel: str, out: OutQuant, engine: str | None
+    ) -> None:
+        region = self.regions.get(match.root.name)
+        tail = (*(n.name for n in match.nodes[1:]), *(region.absorbed if region else ()))
+        fused = tuple(self.old.origin(name).kind.rpartition(".")[2] for name in tail)
+        name = f"{kernel} [{engine}]" if engine else kernel
+        self._describe(node, match.root.name, decision, Kernel(name, *_pair(out), fused))
+        if match.end.name in self.old.facts:
+            self.plan.facts[node.name] = self.old.facts[match.end.name]
+
+    def _describe(self, node: Node, source: str, decision: Decision, kernel: Kernel) -> None:
+        self.plan.decisions[node.name] = decision
+        self.plan.kernels[node.name] = kernel
+        self.plan.origins[node.name] = self.old.origin(source)
+        if source in self.old.facts:
+            self.plan.facts[node.name] = self.old.facts[source]
+
+    def _copy_record(self, old: Node, new: Node) -> None:
+        if old.name in self.old.facts:
+            self.plan.facts[new.name] = self.old.facts[old.name]
+        self.plan.origins[new.name] = self.old.origin(old.name)
+        if new.op.startswith("call_"):
+            decision = self.old.decisions.get(old.name)
+            if decision is None or decision.reason is None and decision.status is not Status.SHAPE_ONLY:
+                decision = float_decision(self.refusals.get(old.name, NO_KERNEL))
+            self.plan.decisions[new.name] = decision
+
+    def _finish(self) -> QuantModule:
+        for node in self.reference.graph.nodes:
+            if node.op == "call_module":
+                leaf = self.reference.get_submodule(str(node.target))
+                self.module.add_submodule(str(node.target), leaf)
+        lowered = QuantModule(self.module, self.graph, type(self.reference).__name__)
+        self.plan.fusions = list(self.old.fusions)
+        self.plan.notes = list(self.old.notes)
+        self.plan.containers = set(self.old.containers)
+        lowered.meta["fxq"] = self.plan
+        lowered.graph.lint()
+        self.plan.check(lowered.graph)
+        return lowered
+
+
+class _Emission:
+    """See :class:`fxq.op_table.Emission`."""
+
+    def __init__(self, lowering: _Lowering, match: Match, out: OutQuant) -> None:
+        self.lowering, self.match = lowering, match
+        self.nodes, self.out = match.nodes, out
+        self.engine: str | None = None
+        self._saturates = (out.quant_min, out.quant_max) == (0, 255)
+        self.relu = (
+            not self._saturates
+            and match.row.relu_kernel
+            and (out.quant_min, out.quant_max) == (out.zero_point, 255)
+        )
+
+    @property
+    def _op(self) -> Any:
+        return self.match.row.op
+
+    def get(self, parameter: str) -> Any:
+        value = self._op.get(self.match.root, parameter)
+        return fx.map_arg(value, self.lowering.float_value)
+
+    def input(self, parameter: str) -> Any:
+        return fx.map_arg(
+            self._op.get(self.match.root, parameter), lambda node: self.lowering.int_value(node, self.out)
+        )
+
+    def tail_input(self, position: int) -> Node:
+        _, producer = other_operand(self.nodes, position, self.lowering.ops)
+        return self.lowering.int_value(producer, self.out)
+
+    def weight(self) -> IntWeight:
+        return self.lowering.int_weight(self._op.get(self.match.root, self._op.weight))
+
+    def tensor(self, parameter: str) -> torch.Tensor | None:
+        node = self._op.get(self.match.root, parameter)
+        return None if node is None else get_attribute(self.lowering.reference, str(node.target)).detach()
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        return self.lowering.call(self.match.root.name, target, args, kwargs)
+
+    def constant(self, suffix: str, value: Any) -> Node:
+        return self.lowering.constant(f"{self.match.root.name}_{suffix}", value)
+
+    def pack(self, function: Callable[..., Any], *args: Any, engine: str | None = None) -> Any:
+        self.engine = engine or self.lowering.backend.engine
+        with packing(self.engine):
+            return function(*args)
+
+    def saturated(self, node: Node) -> Node:
+        """The kernel's output, clamped where its own saturation is wider than the quantize node's range."""
+        if self._saturates or self.relu or self.match.row.out is Out.SHARE:
+            return node
+        return self.lowering.call(f"{self.match.root.name}_clamp", torch.clamp, (node, *real_bounds(self.out)))
+
+
+def reads_shape(node: Node) -> bool:
+    """Whether a node only reads the sizes of its input."""
+    if node.op == "call_method":
+        return node.target in _SHAPE_METHODS
+    return node.op == "call_function" and node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES
+
+
+def real_bounds(out: OutQuant) -> tuple[float, float]:
+    """The real values of the smallest and largest integer of an output."""
+    return (out.quant_min - out.zero_point) * out.scale, (out.quant_max - out.zero_point) * out.scale
+
+
+def _pair(out: OutQuant) -> tuple[float, int]:
+    return out.scale, out.zero_point
