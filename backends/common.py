@@ -21,7 +21,7 @@ from fxq.backends.kernels import (
     WithOutput,
 )
 from fxq.engine import cpu_has_vnni
-from fxq.op_table import CLAMPED, Backend, Fixed, OpRow, Out, Weights
+from fxq.op_table import CLAMPED, Backend, Check, Fixed, OpRow, Out, Weights, accept
 from fxq.plan import Reason
 from fxq.spec import QuantSpec
 
@@ -114,19 +114,30 @@ NORMS = (
 
 SELECTING = (
     *(OpRow(op.name, op, Keep(op), out=Out.SHARE) for op in (
-        ops.MAX_POOL1D, ops.MAX_POOL2D, ops.MAX_POOL3D, ops.AVG_POOL1D,
-        ops.ADAPTIVE_AVG_POOL1D, ops.ADAPTIVE_AVG_POOL2D, ops.ADAPTIVE_AVG_POOL3D,
+        ops.MAX_POOL1D, ops.MAX_POOL2D, ops.MAX_POOL3D,
         ops.FLATTEN, ops.RESHAPE, ops.PERMUTE, ops.TRANSPOSE, ops.SQUEEZE, ops.UNSQUEEZE,
         ops.CHUNK, ops.SPLIT, ops.GETITEM, ops.CONTIGUOUS, ops.PIXEL_SHUFFLE,
     )),
-    OpRow("avg_pool2d", ops.AVG_POOL2D, Keep(ops.AVG_POOL2D), out=Out.SHARE, check=checks.no_divisor),
-    OpRow("avg_pool3d", ops.AVG_POOL3D, Keep(ops.AVG_POOL3D), out=Out.SHARE, check=checks.no_divisor),
-    OpRow("mean", ops.MEAN, Keep(ops.MEAN), out=Out.SHARE, check=checks.dims_given),
-    OpRow("interpolate", ops.INTERPOLATE, Keep(ops.INTERPOLATE), out=Out.SHARE, check=checks.interpolation),
     OpRow("pad", ops.PAD, Keep(ops.PAD), out=Out.SHARE, check=checks.zero_padding),
 )  # fmt: skip
 
-LIGHT = ARITHMETIC + ACTIVATIONS + NORMS + SELECTING
+
+def _average(op: ops.Op, check: Check = accept) -> OpRow:
+    return OpRow(op.name, op, Keep(op), out=Out.SHARE, averages=True, check=check)
+
+
+AVERAGING = (
+    _average(ops.AVG_POOL1D),
+    _average(ops.AVG_POOL2D, checks.no_divisor),
+    _average(ops.AVG_POOL3D, checks.no_divisor),
+    _average(ops.ADAPTIVE_AVG_POOL1D),
+    _average(ops.ADAPTIVE_AVG_POOL2D),
+    _average(ops.ADAPTIVE_AVG_POOL3D),
+    _average(ops.MEAN, checks.dims_given),
+    _average(ops.INTERPOLATE, checks.interpolation),
+)
+
+LIGHT = ARITHMETIC + ACTIVATIONS + NORMS + SELECTING + AVERAGING
 
 
 def backend(name: str, rows: tuple[OpRow, ...], weight: QuantSpec, *notes: str) -> Backend:

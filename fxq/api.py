@@ -23,6 +23,7 @@ from fxq.passes.annotate import Annotate
 from fxq.passes.canonicalize import Canonicalize
 from fxq.passes.drop_identity import DropIdentity
 from fxq.passes.drop_islands import DropIslands
+from fxq.passes.float_exits import FloatExits
 from fxq.passes.fold_batchnorm import FoldBatchNorm
 from fxq.passes.insert_observers import InsertObservers
 from fxq.passes.lower import lower as lower_graph
@@ -177,6 +178,7 @@ def prepare_passes(
         RecordFacts(args, kwargs),
         RewriteScalars(ops),
         Annotate(table, config, ops),
+        FloatExits(table),
         DropIslands(table),
         ShareQParams(table, ops),
         InsertObservers(table),

@@ -134,6 +134,7 @@ class OpRow:
         check: ``None`` or the :class:`~fxq.plan.Reason` why this node cannot run.
         relu_kernel: the kernel has a variant with relu, for ranges whose zero_point is not ``quant_min``.
         mixed_inputs: inputs may have qparams other than the output's, although ``out`` is ``SHARE``.
+        averages: computes new values and rounds them to its input's integers.
         heavy: int8 pays on its own; light ops are int8 only next to heavy ones.
     """
 
@@ -146,6 +147,7 @@ class OpRow:
     check: Check = accept
     relu_kernel: bool = False
     mixed_inputs: bool = False
+    averages: bool = False
     heavy: bool = False
 
     @property

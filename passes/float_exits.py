@@ -1,0 +1,34 @@
+"""Let averages at the exit run in float.
+
+A pool, mean or bilinear interpolation computes new values and rounds them to its input's integers. Where its
+output leaves int8 anyway, averaging after the dequantize keeps that precision at no cost: the scores of a
+classifier that ends in a global average would otherwise tie.
+"""
+
+from __future__ import annotations
+
+from fxq.graph_module import QuantModule
+from fxq.op_table import Backend, sharing_ends
+from fxq.pass_base import Pass
+from fxq.plan import AT_EXIT, QuantPlan
+
+
+class FloatExits(Pass):
+    """Averaging regions none of whose results is read by an int8 kernel become float."""
+
+    requires = frozenset({"annotated"})
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def run(self, module: QuantModule, plan: QuantPlan) -> int:
+        averaging = {row.name for row in self.backend.rows if row.averages}
+        region_of = {name: region for region in plan.regions for name in region.nodes}
+        sharing = sharing_ends(plan, self.backend)
+        leaves: set[str] = set()  # nodes whose values are moved about at most, and then leave int8
+        for node in reversed(module.graph.nodes):
+            if node.name in sharing and all(u.name in leaves or u.name not in region_of for u in node.users):
+                leaves.add(node.name)
+        dropped = [region for region in plan.regions if region.row in averaging and region.end in leaves]
+        plan.make_float(dropped, AT_EXIT)
+        return len(dropped)
