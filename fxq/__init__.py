@@ -3,14 +3,32 @@
 from fxq.api import convert, convert_to_reference, lower, prepare, quantize
 from fxq.calibration import calibrate
 from fxq.config import QConfig, QConfigMapping
+from fxq.errors import FxqError, FxqWarning
+from fxq.networkx_export import to_networkx, write_graph
+from fxq.records import graph_records, observer_records
+from fxq.report import backend_table, backends, fusion_table, graph_table, observer_table, summary
+from fxq.spec import QuantSpec
 
 __all__ = [
+    "FxqError",
+    "FxqWarning",
     "QConfig",
     "QConfigMapping",
+    "QuantSpec",
+    "backend_table",
+    "backends",
     "calibrate",
     "convert",
     "convert_to_reference",
+    "fusion_table",
+    "graph_records",
+    "graph_table",
     "lower",
+    "observer_records",
+    "observer_table",
     "prepare",
     "quantize",
+    "summary",
+    "to_networkx",
+    "write_graph",
 ]

@@ -157,7 +157,7 @@ def _prepare(
     config = _as_mapping(qconfig).resolved(table, exclude)
     ops = table.dictionary
     module, untraceable = trace(model, args, kwargs)
-    plan = QuantPlan(table.name, notes=list(table.notes), untraceable=untraceable)
+    plan = QuantPlan(table.name, notes=list(table.notes), model=type(model).__name__, untraceable=untraceable)
     module.meta["fxq"] = plan
     module.meta[BACKEND] = table
     Pipeline([Canonicalize(ops)])(module)

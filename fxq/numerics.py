@@ -2,8 +2,9 @@
 
 The scheme and the rule that zero is exactly representable are those of Jacob et al., "Quantization and
 Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (arXiv:1712.05877).
-Rounding is to nearest even after a multiplication with the float32 reciprocal of the scale, which is what
-torch's own kernels do, so that results agree bit for bit.
+Rounding is to nearest even after a multiplication with the float32 reciprocal of the scale, as in
+``torch.fake_quantize_per_tensor_affine`` and ONNX QuantizeLinear. torch's packed quantize adds the zero_point before
+it rounds, so an exact tie may come out one integer apart there.
 """
 
 from __future__ import annotations

@@ -102,6 +102,7 @@ class Observer(torch.nn.Module):
     Attributes:
         enabled: when False, ``forward`` does nothing.
         batches: batches recorded.
+        where: the node it watches, for error messages.
         statistics: the :class:`~fxq.statistics.Statistics` recorded so far.
 
     Raises:
@@ -127,6 +128,7 @@ class Observer(torch.nn.Module):
         self.spec = spec
         self.bounds = bounds
         self.enabled = True
+        self.where = "a tensor"
         self.reset()
 
     def reset(self) -> None:
@@ -148,8 +150,11 @@ class Observer(torch.nn.Module):
             CalibrationError: if ``x`` is not floating or has values that are not finite.
         """
         if self.enabled:
-            with torch.no_grad():
-                self.statistics.update(x, 1 if self.spec.per_channel else sampling_step(x.numel()))
+            try:
+                with torch.no_grad():
+                    self.statistics.update(x, 1 if self.spec.per_channel else sampling_step(x.numel()))
+            except CalibrationError as error:
+                raise CalibrationError(f"{self.where}, batch {self.batches}: {error}") from error
             self.batches += 1
             self._range = None
         return x

@@ -161,6 +161,8 @@ class QuantPlan:
         kernels: for lowered graphs, how each node runs.
         fusions: log for the fusion table.
         notes: what the summary says about choices that hold for the whole model.
+        model: class name of the user's model.
+        weight_bytes: bytes of the quantized weights as float32 and as integers with their qparams.
         untraceable: reason for each float leaf module that could not be traced.
     """
 
@@ -179,6 +181,8 @@ class QuantPlan:
     kernels: dict[str, Kernel] = field(default_factory=dict)
     fusions: list[Fusion] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    model: str = ""
+    weight_bytes: tuple[int, int] = (0, 0)
     untraceable: dict[str, str] = field(default_factory=dict)
 
     def origin(self, name: str) -> Origin:

@@ -45,6 +45,7 @@ class InsertObservers(Pass):
         spec = plan.specs[next(iter(points.values()))[0]]
         path = free_path(module, f"{next(iter(points))}_observer")
         observer = self.make(spec)
+        observer.where = " or ".join(plan.where(name) for name in points)
         module.add_submodule(path, observer)
         plan.observers[group] = path
         if all(nodes[name].op == "get_attr" for name in points):

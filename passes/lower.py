@@ -55,7 +55,7 @@ def lower(reference: QuantModule, backend: Backend) -> QuantModule:
     with warnings.catch_warnings():
         # torch announces the removal of its quantized dtypes once a process; a user of fxq need not act on it.
         warnings.filterwarnings("ignore", message=".*deprecated.*")
-        return _Lowering(reference, backend).run()
+        return Lowering(reference, backend).run()
 
 
 def output_quant(quantize: Node) -> OutQuant:
@@ -66,7 +66,9 @@ def output_quant(quantize: Node) -> OutQuant:
 
 
 @dataclass
-class _Lowering:
+class Lowering:
+    """One lowering; afterwards ``ints`` tells which lowered node holds the integers of each quantize node."""
+
     reference: QuantModule
     backend: Backend
 
@@ -311,6 +313,7 @@ class _Lowering:
         lowered = QuantModule(self.module, self.graph, type(self.reference).__name__)
         self.plan.fusions = list(self.old.fusions)
         self.plan.notes = list(self.old.notes)
+        self.plan.model, self.plan.weight_bytes = self.old.model, self.old.weight_bytes
         self.plan.containers = set(self.old.containers)
         lowered.meta["fxq"] = self.plan
         lowered.graph.lint()
@@ -321,7 +324,7 @@ class _Lowering:
 class _Emission:
     """See :class:`fxq.op_table.Emission`."""
 
-    def __init__(self, lowering: _Lowering, match: Match, out: OutQuant) -> None:
+    def __init__(self, lowering: Lowering, match: Match, out: OutQuant) -> None:
         self.lowering, self.match = lowering, match
         self.nodes, self.out = match.nodes, out
         self.engine: str | None = None

@@ -132,6 +132,8 @@ def _quantize_weight(
     if any(len(nodes[name].users) > len(slots) for name, slots in points.items()) or _read_elsewhere(first, points):
         path = free_path(module, f"{path}_int8")  # something else still reads the float tensor
     set_tensor(module, path, values)
+    before, after = plan.weight_bytes
+    plan.weight_bytes = (before + 4 * values.numel(), after + values.numel() + 8 * qparams.scale.numel())
     if spec.ch_axis is not None:
         set_tensor(module, f"{path}_scale", qparams.scale)
         set_tensor(module, f"{path}_zero_point", qparams.zero_point)

@@ -1,0 +1,187 @@
+"""The printed tables. Each is readable at 120 columns and comes from the records and the plan alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from tabulate import tabulate
+from torch import nn
+
+from fxq.backends import BACKENDS, get_backend
+from fxq.engine import available_engines
+from fxq.graph_module import plan_of
+from fxq.op_table import Fixed, OpRow, Weights
+from fxq.plan import Stage
+from fxq.records import graph_records, observer_records
+
+_HEAVY = ("conv", "linear")
+
+
+def _table(rows: list[list[Any]], headers: list[str], widths: list[int | None]) -> str:
+    if not rows:
+        return tabulate([["(none)"]], headers[:1])
+    return tabulate(rows, headers, tablefmt="simple", maxcolwidths=widths, disable_numparse=True)
+
+
+def summary(model: nn.Module) -> str:
+    """The whole result at a glance: what is int8, what is float and why, and the choices made.
+
+    Args:
+        model: prepared, reference or lowered.
+
+    Example:
+        >>> print(fxq.summary(qmodel))                                                # doctest: +SKIP
+    """
+    plan = plan_of(model)
+    records = graph_records(model)
+    conversions = Counter(record["kernel"] for record in records)
+    operations = [r for r in records if r["op"] not in ("quantize", "dequantize") and r["type"] != "shape"]
+    heavy = [r for r in operations if _is_heavy(r)]
+    rows: list[list[Any]] = [
+        ["model", plan.model],
+        ["stage", plan.stage.value],
+        ["backend", plan.backend],
+        ["operations in int8", _share(operations)],
+        ["convs and linears in int8", _share(heavy)],
+    ]
+    if plan.stage is Stage.LOWERED:
+        quantizes = sum(count for name, count in conversions.items() if name.startswith("quantize_per_tensor"))
+        rows.append(["quantize / dequantize nodes", f"{quantizes} / {conversions['dequantize']}"])
+    if plan.weight_bytes != (0, 0):
+        before, after = (size / 2**20 for size in plan.weight_bytes)
+        rows.append(["quantized weights", f"{before:.2f} MiB float -> {after:.2f} MiB int8"])
+    rows += [["note", note] for note in plan.notes]
+    text = tabulate(rows, tablefmt="plain", maxcolwidths=[None, 85])
+    reasons = Counter(r["reason"].partition(":")[0] for r in operations if r["type"] == "float")
+    if reasons:
+        text += "\n\n" + _table([[n, why] for why, n in reasons.most_common()], ["float nodes", "reason"], [None, 90])
+    return text
+
+
+def _is_heavy(record: dict[str, Any]) -> bool:
+    return record["op"].lower().startswith(_HEAVY)
+
+
+def _share(records: list[dict[str, Any]]) -> str:
+    int8 = sum(record["type"] == "int8" for record in records)
+    return f"{int8} of {len(records)}"
+
+
+def graph_table(model: nn.Module) -> str:
+    """Every call node in order: op, int8 or float, kernel or the reason for float, scale, zero_point, shape.
+
+    Args:
+        model: prepared, reference or lowered.
+    """
+    rows = [
+        [
+            record["node"],
+            record["op"],
+            record["type"],
+            record["reason"] or record["kernel"],
+            _number(record["scale"]),
+            "" if record["zero_point"] is None else record["zero_point"],
+            "x".join(map(str, record["shape"])) if record["shape"] else "",
+        ]
+        for record in graph_records(model)
+    ]
+    headers = ["node", "op", "type", "kernel, or why float", "scale", "zp", "shape"]
+    return _table(rows, headers, [24, 18, None, 31, None, None, 17])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def observer_table(prepared: nn.Module) -> str:
+    """What each observer of a prepared model saw, the qparams that follow, and which nodes share them.
+
+    Raises:
+        StageError: if the model is not prepared.
+    """
+    rows = [
+        [
+            ", ".join(record["watches"]),
+            record["spec"],
+            record["batches"],
+            _span(record["min"], min),
+            _span(record["max"], max),
+            _range(record["scale"]),
+            _range(record["zero_point"]),
+            _some(record["shared_by"]),
+        ]
+        for record in observer_records(prepared)
+    ]
+    headers = ["watches", "spec", "batches", "min", "max", "scale", "zp", "shared by"]
+    return _table(rows, headers, [22, 20, None, None, None, None, None, 24])
+
+
+def _span(values: list[float] | None, extreme: Any) -> str:
+    return "" if values is None else f"{extreme(values):.4g}"
+
+
+def _range(values: list[float] | None) -> str:
+    if values is None:
+        return "no data"
+    low, high = min(values), max(values)
+    return f"{low:.3g}" if low == high else f"{low:.2g}..{high:.2g}"
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def fusion_table(model: nn.Module) -> str:
+    """What was folded, fused and dropped, and into what.
+
+    Args:
+        model: prepared, reference or lowered.
+    """
+    rows = [[f.action, f.what, f.into, f.detail] for f in plan_of(model).fusions]
+    return _table(rows, ["action", "what", "into", "how"], [None, 36, 36, 36])
+
+
+def backends() -> str:
+    """The backends, their engine, whether this torch has it, and the bit widths chosen for this CPU."""
+    rows = []
+    for name in BACKENDS:
+        backend = get_backend(name)
+        available = "yes" if backend.engine in available_engines() else "no: not in this torch"
+        bits = f"{backend.activation.bits} / {backend.weight.bits}"
+        rows.append([name, backend.engine, available, bits, len(backend.rows), "; ".join(backend.notes)])
+    headers = ["backend", "engine", "available", "bits: activations / weights", "rows", "why"]
+    return _table(rows, headers, [None, None, 12, 14, None, 52])
+
+
+def backend_table(name: str) -> str:
+    """What a backend can run: one line a row, then what it cannot and why.
+
+    Raises:
+        BackendError: for an unknown backend.
+    """
+    backend = get_backend(name)
+    rows = [
+        [row.name, row.op.name, _tail(row), _output(row), _weights(row), row.emit.kernel] for row in backend.rows
+    ]
+    text = _table(rows, ["row", "op", "fused after it", "output qparams", "weight", "kernel"], [None] * 6)
+    absent = [[op.name, reason.text] for op, reason in backend.absent.items()]
+    return text + "\n\n" + _table(absent, ["not in int8", "why"], [None, 90])
+
+
+def _tail(row: OpRow) -> str:
+    return " ".join(
+        f"[{'|'.join(op.name for op in step.ops)}]" if step.optional else "|".join(op.name for op in step.ops)
+        for step in row.steps
+    )
+
+
+def _output(row: OpRow) -> str:
+    if isinstance(row.out, Fixed):
+        return f"fixed {row.out.scale:.4g}, {row.out.zero_point}"
+    return {"own": "own", "share": "its input's"}[row.out.value]
+
+
+def _weights(row: OpRow) -> str:
+    names = {Weights.TENSOR: "per tensor", Weights.CHANNEL: "per channel"}
+    return ", ".join(name for flag, name in names.items() if row.weight & flag)
