@@ -7,6 +7,7 @@ from fxq.errors import FxqError, FxqWarning
 from fxq.networkx_export import to_networkx, write_graph
 from fxq.records import graph_records, observer_records
 from fxq.report import backend_table, backends, fusion_table, graph_table, observer_table, summary
+from fxq.serialization import load, load_reference, save
 from fxq.spec import QuantSpec
 
 __all__ = [
@@ -23,11 +24,14 @@ __all__ = [
     "fusion_table",
     "graph_records",
     "graph_table",
+    "load",
+    "load_reference",
     "lower",
     "observer_records",
     "observer_table",
     "prepare",
     "quantize",
+    "save",
     "summary",
     "to_networkx",
     "write_graph",

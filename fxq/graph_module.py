@@ -58,6 +58,14 @@ def plan_of(module: nn.Module, *stages: Stage) -> QuantPlan:
     return plan
 
 
+class Tensors(nn.Module):
+    """Holds the tensors that stood at a module's path; prints their names and shapes."""
+
+    def extra_repr(self) -> str:
+        tensors = [*self._parameters.items(), *self._buffers.items()]
+        return ", ".join(f"{name}{list(tensor.shape)}" for name, tensor in tensors if tensor is not None)
+
+
 def get_attribute(module: nn.Module, path: str) -> Any:
     """The parameter, buffer or other attribute at a dotted path."""
     parent, _, name = path.rpartition(".")
@@ -70,7 +78,7 @@ def set_tensor(module: nn.Module, path: str, value: torch.Tensor) -> None:
     owner = module
     for part in filter(None, parent.split(".")):
         if part not in owner._modules:
-            owner.add_module(part, nn.Module())
+            owner.add_module(part, Tensors())
         owner = owner.get_submodule(part)
     if name in owner.__dict__ or name in owner._parameters or name in owner._buffers:
         delattr(owner, name)

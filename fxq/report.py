@@ -114,7 +114,7 @@ def observer_table(prepared: nn.Module) -> str:
         for record in observer_records(prepared)
     ]
     headers = ["watches", "spec", "batches", "min", "max", "scale", "zp", "shared by"]
-    return _table(rows, headers, [22, 20, None, None, None, None, None, 24])
+    return _table(rows, headers, [21, 18, None, None, None, None, None, 21])
 
 
 def _span(values: list[float] | None, extreme: Any) -> str:
@@ -125,7 +125,7 @@ def _range(values: list[float] | None) -> str:
     if values is None:
         return "no data"
     low, high = min(values), max(values)
-    return f"{low:.3g}" if low == high else f"{low:.2g}..{high:.2g}"
+    return f"{low:.3g}" if low == high else f"{low:.1g}..{high:.1g}"
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -238,7 +238,7 @@ def _shape(weight: Any, module: QuantModule) -> torch.Size:
 
 def _release_modules(module: QuantModule, tensors: Mapping[str, torch.Tensor]) -> None:
     """Drop leaf modules that no node calls any more, keeping the tensors that nodes read."""
-    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    read = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
     kept = {path: tensors[path] if path in tensors else get_attribute(module, path) for path in read}
     called = {str(n.target): module.get_submodule(str(n.target)) for n in module.graph.nodes if n.op == "call_module"}
     for name in list(module._modules):
