@@ -1,9 +1,9 @@
 """Which int8 engines this build of torch has, what the CPU can do, and how a model runs under the right one.
 
-A packed weight remembers the engine it was packed for and runs under it whatever the global setting is.
-Only the kernels without weights (add, pools, sigmoid, ...) look at the global engine, and only to ask
-whether it is qnnpack. So a lowered model needs two things: weights packed under its engine, and the
-other kernels run under one fixed engine.
+A packed weight remembers the engine it was packed for and runs under it whatever the global setting is. Two kinds
+of kernels look at the global engine when they run: those without weights (add, pools, sigmoid, ...) round
+differently under qnnpack, and conv2d_add exists under onednn only. So a lowered model needs weights packed
+under their engines, and one fixed engine while it runs, the same for all models.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import torch
 
 from fxq.errors import BackendError
 
-_LOCK = threading.RLock()
+# The engine is one setting for all threads: models run side by side under theirs, packing needs it for itself.
+_TURN = threading.Condition(threading.RLock())
+_THREAD = threading.local()  # .depth: how many models this thread is inside of
 _running = 0
+_waiting_to_pack = 0
 _saved_engine = ""
 
 
@@ -43,9 +46,17 @@ def cpu_has_vnni() -> bool:
 
 @contextlib.contextmanager
 def packing(engine: str) -> Iterator[None]:
-    """Pack weights for ``engine``; the global setting is put back afterwards."""
+    """Pack weights for ``engine``, while no model runs; the global setting is put back afterwards."""
+    global _waiting_to_pack
     require_engine(engine)
-    with _LOCK:
+    with _TURN:
+        if _depth() == 0:  # inside a running model waiting would never end
+            _waiting_to_pack += 1
+            try:
+                _TURN.wait_for(lambda: _running == 0)
+            finally:
+                _waiting_to_pack -= 1
+                _TURN.notify_all()
         before = torch.backends.quantized.engine
         torch.backends.quantized.engine = engine
         try:
@@ -54,9 +65,10 @@ def packing(engine: str) -> Iterator[None]:
             torch.backends.quantized.engine = before
 
 
-def _neutral_engine() -> str:
-    """The engine under which kernels without weights run: any but qnnpack, whose versions round differently."""
-    return next((engine for engine in ("x86", "fbgemm", "onednn") if engine in available_engines()), "qnnpack")
+def running_engine() -> str:
+    """The engine models run under: onednn, alone in having conv2d_add; any but qnnpack, which rounds differently."""
+    available = available_engines()
+    return next((engine for engine in ("onednn", "x86", "fbgemm") if engine in available), "qnnpack")
 
 
 @contextlib.contextmanager
@@ -65,17 +77,34 @@ def running() -> Iterator[None]:
 
     All lowered models need the same setting, so the first one in sets it and the last one out restores it.
     """
-    global _running, _saved_engine
-    with _LOCK:
-        if _running == 0:
-            _saved_engine = torch.backends.quantized.engine
-            if _saved_engine == "qnnpack":
-                torch.backends.quantized.engine = _neutral_engine()
-        _running += 1
+    _enter()
     try:
         yield
     finally:
-        with _LOCK:
-            _running -= 1
-            if _running == 0 and _saved_engine == "qnnpack":
-                torch.backends.quantized.engine = _saved_engine
+        _leave()
+
+
+def _depth() -> int:
+    return getattr(_THREAD, "depth", 0)
+
+
+def _enter() -> None:
+    global _running, _saved_engine
+    with _TURN:
+        if _depth() == 0:  # let those who wait to pack go first, lest busy models keep them waiting for ever
+            _TURN.wait_for(lambda: _waiting_to_pack == 0, timeout=1.0)
+        if _running == 0:
+            _saved_engine = torch.backends.quantized.engine
+            torch.backends.quantized.engine = running_engine()
+        _running += 1
+        _THREAD.depth = _depth() + 1
+
+
+def _leave() -> None:
+    global _running
+    with _TURN:
+        _THREAD.depth -= 1
+        _running -= 1
+        if _running == 0:
+            torch.backends.quantized.engine = _saved_engine
+            _TURN.notify_all()

@@ -37,6 +37,7 @@ from fxq.qdq import DEQUANTIZE_CHANNEL, is_dequantize, is_quantize
 from fxq.spec import QParams
 
 WEIGHT_SCHEME = Reason("weight-scheme", "the backend's kernel takes per-tensor weights only")
+_LONGEST_CHAIN = 4  # nodes in one kernel: conv, add, relu, and one to spare
 _SHAPE_METHODS = frozenset({"size", "dim", "numel", "nelement", "ndimension"})
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim"})
 
@@ -105,20 +106,25 @@ class Lowering:
         assert isinstance(end, Node)
         if self._shares(end, quantize) or end.op in ("placeholder", "get_attr"):
             return
-        root, chain = end, [end]
-        while root.args and isinstance(root.args[0], Node) and len(chain) < 4 and not is_dequantize(root.args[0]):
-            root = root.args[0]
-            chain.append(root)
-        for candidate in reversed(chain):
-            op = self.ops.op_of(candidate)
-            if op is None:
-                continue
+        for candidate in reversed(self._chain(end)):
             found = best_match(self.backend, candidate, self.ops, self.old.facts)
             if isinstance(found, Reason):
                 self.refusals[candidate.name] = found
             elif found.end is end and self._runs_on_integers(found):
                 self.matches[quantize] = found
                 return
+
+    def _chain(self, end: Node) -> list[Node]:
+        """``end`` and the ops before it, as far as each has one operand that is no integer: last one first."""
+        chain: list[Node] = []
+        node = end
+        while (op := self.ops.op_of(node)) is not None and len(chain) < _LONGEST_CHAIN:
+            chain.append(node)
+            floats = [producer for _, producer in op.tensor_arguments(node) if not self._is_int(producer)]
+            if len(floats) != 1:
+                break
+            node = floats[0]
+        return chain
 
     def _runs_on_integers(self, match: Match) -> bool:
         for node in match.nodes:
