@@ -12,7 +12,7 @@ from fxq.graph_module import QuantModule, plan_of
 from fxq.records import graph_records
 
 
-def to_networkx(model: nn.Module) -> nx.DiGraph:
+def to_networkx(model: nn.Module) -> nx.DiGraph[str]:
     """A DiGraph of a prepared, reference or lowered model.
 
     Nodes are named as in the graph and carry ``op``, ``type``, ``kernel``, ``scale``, ``zero_point``, ``shape``,
@@ -29,7 +29,7 @@ def to_networkx(model: nn.Module) -> nx.DiGraph:
     plan = plan_of(model)
     assert isinstance(model, QuantModule)
     records = {record["node"]: record for record in graph_records(model)}
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[str] = nx.DiGraph()
     graph.graph.update(model=plan.model, backend=plan.backend, stage=plan.stage.value)
     for node in model.graph.nodes:
         if node.op == "get_attr":
@@ -44,7 +44,7 @@ def to_networkx(model: nn.Module) -> nx.DiGraph:
     return graph
 
 
-def write_graph(graph: nx.DiGraph, path: str | Path) -> None:
+def write_graph(graph: nx.DiGraph[str], path: str | Path) -> None:
     """Write a graph to ``path``, in the format that its suffix names: ``.dot`` or ``.graphml``.
 
     Raises:

@@ -60,7 +60,7 @@ def summary(model: nn.Module) -> str:
 
 
 def _is_heavy(record: dict[str, Any]) -> bool:
-    return record["op"].lower().startswith(_HEAVY)
+    return str(record["op"]).lower().startswith(_HEAVY)
 
 
 def _share(records: list[dict[str, Any]]) -> str:
