@@ -1,0 +1,255 @@
+"""The command line: what it prints, what it writes, and that a mistake is one line and status 1."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fxq
+from fxq.cli import main
+from fxq.errors import FxqWarning
+from fxq.image_folder import ImageFolder
+from fxq.models import load_model, preprocessing
+
+Image = pytest.importorskip("PIL.Image")
+
+TINY_NET = """
+import torch
+from torch import nn
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 8, 3, stride=2)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.conv2(torch.relu(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))
+"""
+TINY = "tiny_net_of_cli_tests:Tiny"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder, as the current directory: a model's source and seven photos in two subfolders."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny_net_of_cli_tests.py").write_text(TINY_NET)
+    generator = torch.Generator().manual_seed(0)
+    for index in range(7):
+        path = Path("photos", "ab"[index % 2], f"{index}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (40, 40, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path)
+    return tmp_path
+
+
+def quantize(*options: str) -> int:
+    return main(["quantize", TINY, "--calibrate", "photos", "--out", "tiny.fxq", "--size", "32", *options])
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """As a user does, in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "fxq", *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+def the_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr."""
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fxq: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+# --- quantize ---
+
+
+def test_quantize_then_inspect(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize("--batch-size", "3") == 0
+    printed = capsys.readouterr().out
+    assert "x86" in printed
+    assert "saved tiny.fxq" in printed
+
+    tables = {}
+    for table in ("summary", "graph", "fusion", "all"):
+        assert main(["inspect", "tiny.fxq", "--table", table]) == 0
+        tables[table] = capsys.readouterr().out
+    assert "conv1" in tables["graph"]
+    assert "conv1" in tables["fusion"]
+    assert tables["all"] == tables["summary"] + "\n" + tables["graph"] + "\n" + tables["fusion"]
+    assert main(["inspect", "tiny.fxq"]) == 0
+    assert capsys.readouterr().out == tables["summary"]
+
+
+def test_the_saved_file_is_the_model(project: Path) -> None:
+    assert quantize("--quiet") == 0
+    model = load_model(TINY)
+    (images,) = ImageFolder("photos", preprocessing(TINY, size=32))
+    with torch.no_grad():
+        expected, found = model(images), fxq.load("tiny.fxq")(images)
+    noise = ((found - expected).square().mean() / expected.square().mean()).item()
+    assert 0 < noise < 1e-3
+
+
+def test_it_equals_the_one_call(project: Path) -> None:
+    assert quantize("--quiet", "--batch-size", "4") == 0
+    images = ImageFolder("photos", preprocessing(TINY, size=32), batch_size=4)
+    expected = fxq.quantize(load_model(TINY), images, backend="x86", progress=False)
+    batch = next(iter(images))
+    assert torch.equal(fxq.load("tiny.fxq")(batch), expected(batch))
+
+
+def test_quiet_is_quiet(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert quantize("--quiet") == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_options_reach_the_compiler(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize("--backend", "qnnpack", "--qconfig", "per_tensor", "--exclude", "fc", "--exclude", "conv1") == 0
+    assert "qnnpack" in capsys.readouterr().out
+    main(["inspect", "tiny.fxq", "--table", "graph"])
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    excluded = [line for line in rows.values() if "exclu" in line]
+    assert len(excluded) >= 2
+
+
+def test_num_batches_limits_the_images(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    calibrate = fxq.calibrate
+
+    def watched(prepared: torch.nn.Module, data: ImageFolder, **options: Any) -> None:
+        seen.extend(data)
+        calibrate(prepared, data, **options)
+
+    monkeypatch.setattr(fxq, "calibrate", watched)
+    assert quantize("--quiet", "--batch-size", "2", "--num-batches", "2") == 0
+    assert [len(batch) for batch in seen] == [2, 2]
+
+
+def test_random_weights_are_mentioned(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["squeezenet1_1", "--calibrate", "photos", "--out", "net.fxq", "--size", "32", "--quiet"]
+    assert main(["quantize", *arguments]) == 0
+    assert "fxq: note: squeezenet1_1 has random weights" in capsys.readouterr().err
+    torch.save(load_model("squeezenet1_1").state_dict(), "weights.pt")
+    assert main(["quantize", *arguments, "--weights", "weights.pt"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet81", "--calibrate", "photos", "--out", "x.fxq"], "resnet18"),
+        (["no_module_here:f", "--calibrate", "photos", "--out", "x.fxq"], "no_module_here"),
+        ([TINY, "--calibrate", "nowhere", "--out", "x.fxq"], "no folder 'nowhere'"),
+        ([TINY, "--calibrate", "empty", "--out", "x.fxq"], "no image"),
+        ([TINY, "--calibrate", "broken", "--out", "x.fxq"], "bad.png"),
+        ([TINY, "--calibrate", "photos", "--out", "no/where.fxq"], "no folder 'no'"),
+        ([TINY, "--calibrate", "photos", "--out", "empty"], "empty"),
+        ([TINY, "--calibrate", "photos", "--out", "x.fxq", "--weights", "no.pt"], "no such file"),
+        ([TINY, "--calibrate", "photos", "--out", "x.fxq", "--backend", "x68"], "x86"),
+        ([TINY, "--calibrate", "photos", "--out", "x.fxq", "--exclude", "conv9"], "conv9"),
+    ],
+)
+def test_quantize_mistakes(
+    arguments: list[str], message: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty").mkdir()
+    Path("broken").mkdir()
+    Path("broken", "bad.png").write_bytes(b"not an image")
+    assert main(["quantize", *arguments]) == 1
+    assert message in the_error(capsys)
+    assert not Path("x.fxq").exists()
+
+
+@pytest.mark.parametrize("name", ["missing.fxq", "garbage.fxq", "photos"])
+def test_inspect_what_is_not_a_model(name: str, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("garbage.fxq").write_bytes(b"\x00garbage")
+    assert main(["inspect", name]) == 1
+    assert name in the_error(capsys)
+
+
+def test_unknown_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["backends", "x68"]) == 1
+    assert "x68" in the_error(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["unknown"],
+        ["quantize"],
+        ["quantize", "resnet18", "--out", "x"],
+        ["quantize", "resnet18", "--calibrate", "d", "--out", "x", "--qconfig", "per_row"],
+        ["quantize", "resnet18", "--calibrate", "d", "--out", "x", "--batch-size", "0"],
+        ["quantize", "resnet18", "--calibrate", "d", "--out", "x", "--num-batches", "many"],
+        ["inspect"],
+        ["inspect", "x", "--table", "pie"],
+    ],
+)
+def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: fxq" in capsys.readouterr().err
+
+
+# --- backends, help, warnings ---
+
+
+def test_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["backends"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ("fbgemm", "qnnpack", "x86", "onednn"))
+    assert main(["backends", "qnnpack"]) == 0
+    assert "conv2d" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [[], ["quantize"], ["inspect"], ["backends"]])
+def test_help_teaches(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--help"])
+    printed = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert f"\n  fxq {' '.join(command)}" in printed, "an example"
+    assert max(map(len, printed.splitlines())) <= 120
+
+
+def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn() -> str:
+        warnings.warn("mind\nthis", FxqWarning, stacklevel=2)
+        return "table"
+
+    monkeypatch.setattr(fxq, "backends", warn)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.filters", [])
+        assert main(["backends"]) == 0
+    assert capsys.readouterr() == ("table\n", "fxq: warning: mind this\n")
+
+
+def test_processes_exit_with_the_status(project: Path) -> None:
+    done = run("backends")
+    assert (done.returncode, done.stderr) == (0, "")
+    failed = run("quantize", "resnet81", "--calibrate", "photos", "--out", "x.fxq", cwd=project)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("fxq: error: ")
+    assert "Traceback" not in failed.stderr
+    assert run("quantize").returncode == 2
+
+
+def test_a_reader_that_stops_early() -> None:
+    command = f"'{sys.executable}' -m fxq backends x86 | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout
