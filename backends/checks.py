@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 from torch.fx import Node
 
+from fxq.op_table import Check
 from fxq.ops import (
     AVG_POOL2D,
     BATCH_NORM,
     CAT,
+    CONV_TRANSPOSE2D,
     INSTANCE_NORM,
     INTERPOLATE,
     MATMUL,
@@ -24,12 +26,32 @@ NOT_ALL_TENSORS = Reason("options", "joins something other than tensors")
 RANK = Reason("options", "the int8 kernel does not take tensors of this rank")
 
 
-def rank(*ranks: int) -> object:
+def rank(*ranks: int) -> Check:
     """A check that the first input has one of these numbers of dimensions."""
 
     def check(node: Node, facts: Facts) -> Reason | None:
         fact = facts.get(node.args[0].name) if isinstance(node.args[0], Node) else None
         return None if fact is not None and len(fact.shape) in ranks else RANK
+
+    return check
+
+
+def at_least_2d(node: Node, facts: Facts) -> Reason | None:
+    fact = facts.get(node.args[0].name) if isinstance(node.args[0], Node) else None
+    return None if fact is not None and len(fact.shape) >= 2 else RANK
+
+
+def wrong_transposed(node: Node, facts: Facts) -> Reason | None:
+    return Reason("wrong-kernel", "without the fbgemm engine torch has no right int8 kernel for it")
+
+
+def one_group(dims: int) -> Check:
+    """A check for transposed convs of ``dims``-dimensional tensors that have a single group."""
+
+    def check(node: Node, facts: Facts) -> Reason | None:
+        if CONV_TRANSPOSE2D.get(node, "groups") != 1:  # all three have the same parameters
+            return Reason("options", "per-channel weights of several groups")
+        return rank(dims)(node, facts)
 
     return check
 
@@ -50,7 +72,6 @@ def tensor_and_tensor_or_scalar(node: Node, facts: Facts) -> Reason | None:
     if isinstance(right, bool) or not isinstance(right, (Node, int, float)):
         return Reason("options", "its second operand is not a tensor or a number")
     return None
-
 
 
 
@@ -105,7 +126,7 @@ def input_statistics(node: Node, facts: Facts) -> Reason | None:
 def running_statistics(node: Node, facts: Facts) -> Reason | None:
     if BATCH_NORM.get(node, "training"):
         return Reason("options", "normalises with batch statistics")
-    return rank(4, 5)(node, facts)  # type: ignore[operator,no-any-return]
+    return rank(4, 5)(node, facts)
 
 
 def no_divisor(node: Node, facts: Facts) -> Reason | None:

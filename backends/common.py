@@ -11,6 +11,7 @@ import torch
 from fxq import ops
 from fxq.backends import checks
 from fxq.backends.kernels import (
+    BatchNorm,
     Binary,
     Concatenate,
     EngineChoice,
@@ -20,8 +21,8 @@ from fxq.backends.kernels import (
     Prelu,
     WithOutput,
 )
-from fxq.engine import cpu_has_vnni
-from fxq.op_table import CLAMPED, Backend, Check, Fixed, OpRow, Out, Weights, accept
+from fxq.engine import available_engines, cpu_has_vnni
+from fxq.op_table import CLAMPED, Backend, Check, Fixed, IntWeight, OpRow, Out, Weights, accept
 from fxq.plan import Reason
 from fxq.spec import QuantSpec
 
@@ -53,31 +54,68 @@ def weight_spec() -> tuple[QuantSpec, str]:
     )
 
 
-def weighted_rows(transposed: Weights = Weights.TENSOR, engine: EngineChoice | None = None) -> tuple[OpRow, ...]:
-    """Conv, conv_transpose and linear.
+BOTH = Weights.TENSOR | Weights.CHANNEL | Weights.AFFINE
 
-    Args:
-        transposed: weight schemes of conv_transpose, in which the engines differ.
-        engine: chooses another engine for some convs.
+
+def right_engine(own: str) -> EngineChoice:
+    """For a weight and its number of groups, the engine whose kernel is right, and not absurdly slow.
+
+    onednn takes symmetric weights only. fbgemm, to which the x86 engine hands convs of more than 100 groups and
+    asymmetric weights, runs depthwise kernels 60 to 170 times slower where the channels are no multiple of 8 or
+    the kernel is dilated, and adds up pairs of products in 16 bits otherwise, VNNI or not.
     """
-    both = Weights.TENSOR | Weights.CHANNEL
+
+    def choose(weight: IntWeight, groups: int) -> str | None:
+        symmetric = not bool(weight.qparams.zero_point.any())
+        depthwise = groups > 1 and weight.values.shape[1] == 1
+        many = depthwise or groups > 100
+        if symmetric and "onednn" in available_engines() and (own == "onednn" or many and cpu_has_vnni()):
+            return "onednn"
+        if depthwise and 2 * 255 * int(weight.values.int().abs().max()) > 32767:
+            return "qnnpack"
+        return "fbgemm" if own == "onednn" else None
+
+    return choose
+
+
+def weighted_rows(own: str) -> tuple[OpRow, ...]:
+    """Conv, conv_transpose and linear for an engine."""
+    engine = None if own == "qnnpack" else right_engine(own)
 
     def conv(op: ops.Op, dims: int) -> OpRow:
-        emit = PackedConv(dims, engine=engine)
-        return OpRow(op.name, op, emit, tail=(CLAMPED,), weight=both, relu_kernel=True, heavy=True)
-
-    def conv_transpose(op: ops.Op, dims: int) -> OpRow:
-        return OpRow(op.name, op, PackedConv(dims, True), tail=(CLAMPED,), weight=transposed, heavy=True)
+        emit, check = PackedConv(dims, engine=engine), checks.rank(dims + 2)
+        return OpRow(op.name, op, emit, tail=(CLAMPED,), weight=BOTH, check=check, relu_kernel=True, heavy=True)
 
     return (
         conv(ops.CONV1D, 1),
         conv(ops.CONV2D, 2),
         conv(ops.CONV3D, 3),
-        conv_transpose(ops.CONV_TRANSPOSE1D, 1),
-        conv_transpose(ops.CONV_TRANSPOSE2D, 2),
-        conv_transpose(ops.CONV_TRANSPOSE3D, 3),
-        OpRow("linear", ops.LINEAR, PackedLinear(), tail=(CLAMPED,), weight=both, relu_kernel=True, heavy=True),
-    )
+        OpRow("linear", ops.LINEAR, PackedLinear(engine=engine), tail=(CLAMPED,), weight=BOTH,
+              check=checks.at_least_2d, relu_kernel=True, heavy=True),
+    )  # fmt: skip
+
+
+def transposed_row(op: ops.Op, dims: int, weight: Weights, check: Check, engine: str, name: str = "") -> OpRow:
+    """A conv_transpose row whose kernel is ``engine``'s."""
+    emit = PackedConv(dims, True, lambda weight, groups: engine)
+    return OpRow(name or op.name, op, emit, tail=(CLAMPED,), weight=weight, check=check, heavy=True)
+
+
+def fbgemm_transposed(op: ops.Op, dims: int) -> OpRow:
+    """A conv_transpose row with fbgemm's kernel: per-tensor weights.
+
+    onednn's takes the input channels for the output channels, so it is wrong unless they are equally many, and
+    qnnpack's is wrong in three dimensions. Where fbgemm is missing the node stays float.
+    """
+    check = checks.rank(dims + 2) if "fbgemm" in available_engines() else checks.wrong_transposed
+    return transposed_row(op, dims, Weights.TENSOR | Weights.AFFINE, check, "fbgemm")
+
+
+TRANSPOSED_BY_FBGEMM = (
+    fbgemm_transposed(ops.CONV_TRANSPOSE1D, 1),
+    fbgemm_transposed(ops.CONV_TRANSPOSE2D, 2),
+    fbgemm_transposed(ops.CONV_TRANSPOSE3D, 3),
+)
 
 
 ARITHMETIC = (
@@ -102,10 +140,7 @@ ACTIVATIONS = (
 )
 
 NORMS = (
-    OpRow("batch_norm", ops.BATCH_NORM,
-          WithOutput("batch_norm", (*_NORM, "running_mean", "running_var", "eps"),
-                     (*_NORM, "running_mean", "running_var")),
-          tail=(CLAMPED,), check=checks.running_statistics),
+    OpRow("batch_norm", ops.BATCH_NORM, BatchNorm(), tail=(CLAMPED,), check=checks.running_statistics),
     OpRow("layer_norm", ops.LAYER_NORM, WithOutput("layer_norm", ("normalized_shape", *_NORM, "eps"), _NORM)),
     OpRow("group_norm", ops.GROUP_NORM, WithOutput("group_norm", ("num_groups", *_NORM, "eps"), _NORM)),
     OpRow("instance_norm", ops.INSTANCE_NORM, WithOutput("instance_norm", (*_NORM, "eps"), _NORM),

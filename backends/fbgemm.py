@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fxq.backends.common import LIGHT, backend, weight_spec, weighted_rows
+from fxq.backends.common import LIGHT, TRANSPOSED_BY_FBGEMM, backend, weight_spec, weighted_rows
 from fxq.op_table import Backend
 
 
 def build() -> Backend:
     """The fbgemm table."""
     weight, why = weight_spec()
-    return backend("fbgemm", weighted_rows() + LIGHT, weight, why)
+    return backend("fbgemm", weighted_rows("fbgemm") + TRANSPOSED_BY_FBGEMM + LIGHT, weight, why)

@@ -70,7 +70,7 @@ class PackedConv:
 
 @dataclass(frozen=True)
 class PackedConvAdd:
-    """``quantized::conv2d_add``: the second operand of the add is summed up in the conv's accumulator."""
+    """``quantized::conv2d_add``: the conv is added to the second operand, in that operand's own memory."""
 
     kernel: str = "quantized::conv2d_add"
 
@@ -80,6 +80,7 @@ class PackedConvAdd:
         packed = e.pack(torch.ops.quantized.conv2d_prepack, weight, e.tensor("bias"), *geometry, e.get("groups"))
         target = torch.ops.quantized.conv2d_add_relu if e.relu else torch.ops.quantized.conv2d_add
         accumulated = e.tail_input(1)
+        e.overwrites(accumulated)
         return e.call(
             target, e.input("input"), accumulated, e.constant("packed", packed), e.out.scale, e.out.zero_point
         )
@@ -90,9 +91,14 @@ class PackedLinear:
     """``quantized::linear``, bias included, relu if it is not free."""
 
     kernel: str = "quantized::linear"
+    engine: EngineChoice | None = None
 
     def __call__(self, e: Emission) -> Node:
-        packed = e.pack(torch.ops.quantized.linear_prepack, quantized_weight(e.weight()), e.tensor("bias"))
+        weight = e.weight()
+        engine = self.engine(weight, 1) if self.engine else None
+        packed = e.pack(
+            torch.ops.quantized.linear_prepack, quantized_weight(weight), e.tensor("bias"), engine=engine
+        )
         target = torch.ops.quantized.linear_relu if e.relu else torch.ops.quantized.linear
         return e.call(target, e.input("input"), e.constant("packed", packed), e.out.scale, e.out.zero_point)
 
@@ -149,6 +155,28 @@ class WithOutput:
         at = len(arguments) if self.qparams_after is None else self.qparams_after
         arguments[at:at] = [e.out.scale, e.out.zero_point]
         return e.call(_operator(self.name), *(e.input(name) for name in self.inputs), *arguments)
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """``quantized::batch_norm``, which insists on a weight and a bias."""
+
+    kernel: str = "quantized::batch_norm"
+
+    def __call__(self, e: Emission) -> Node:
+        mean, var = e.tensor("running_mean"), e.tensor("running_var")
+        assert mean is not None and var is not None
+        weight, bias = e.tensor("weight"), e.tensor("bias")
+        values = {
+            "weight": torch.ones_like(mean) if weight is None else weight,
+            "bias": torch.zeros_like(mean) if bias is None else bias,
+            "mean": mean,
+            "var": var,
+        }
+        constants = [e.constant(name, value) for name, value in values.items()]
+        return e.call(
+            torch.ops.quantized.batch_norm, e.input("input"), *constants, e.get("eps"), e.out.scale, e.out.zero_point
+        )
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,11 @@ HEADERS = ("model", "backend", "int8 conv+linear", "float nodes", "SQNR dB", "ke
 def live_model(name: str, size: int) -> nn.Module:
     """A model with random weights whose BatchNorm statistics fit them."""
     torch.manual_seed(0)
-    model = load_model(name).train()
+    model = load_model(name).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the average over all batches seen
+            module.train()  # and only this: in training some models run branches that need large images
     with torch.no_grad():
         for _ in range(2):
             model(torch.randn(4, 3, size, size))

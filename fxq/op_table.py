@@ -37,6 +37,7 @@ class Weights(enum.Flag):
     NONE = 0
     TENSOR = enum.auto()
     CHANNEL = enum.auto()
+    AFFINE = enum.auto()  # with zero_points other than 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,9 @@ class Emission(Protocol):
 
     def constant(self, suffix: str, value: Any) -> Node:
         """Attach a constant (packed weight, tensor) to the module; returns the node that reads it."""
+
+    def overwrites(self, operand: Node) -> None:
+        """Say that the kernel writes its result over ``operand``, which is copied first if anyone still reads it."""
 
     def pack(self, function: Callable[..., Any], *args: Any, engine: str | None = None) -> Any:
         """Call a prepacking function under an engine, the backend's own unless another is named."""

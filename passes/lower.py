@@ -36,7 +36,10 @@ from fxq.plan import (
 from fxq.qdq import DEQUANTIZE_CHANNEL, is_dequantize, is_quantize
 from fxq.spec import QParams
 
-WEIGHT_SCHEME = Reason("weight-scheme", "the backend's kernel takes per-tensor weights only")
+WEIGHT_CHANNEL = Reason("weight-scheme", "the backend's kernel takes per-tensor weights only")
+WEIGHT_AFFINE = Reason("weight-scheme", "the backend's kernel takes symmetric weights only")
+MADE_FOR_OTHER = Reason("other-backend", "quantized for another backend, which fuses it with other ops than this one")
+READ_AS_FLOAT = Reason("read-as-float", "moves values about that only float ops read")
 _LONGEST_CHAIN = 4  # nodes in one kernel: conv, add, relu, and one to spare
 _SHAPE_METHODS = frozenset({"size", "dim", "numel", "nelement", "ndimension"})
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim"})
@@ -86,6 +89,7 @@ class Lowering:
         self.floats: dict[Node, Any] = {}
         self.ints: dict[Node, Node] = {}
         self.qparams: dict[Node, tuple[float, int]] = {}
+        self.overwritten: list[tuple[Node, Node]] = []  # kernels and the operands they write over
 
     def run(self) -> QuantModule:
         for node in self.reference.graph.nodes:
@@ -138,10 +142,18 @@ class Lowering:
         weight = op.get(match.root, op.weight)
         if not is_dequantize(weight):
             return False
-        if weight.target is DEQUANTIZE_CHANNEL and not match.row.weight & Weights.CHANNEL:
-            self.refusals[match.root.name] = WEIGHT_SCHEME
-            return False
-        return True
+        refusal = self._weight_refusal(match.row.weight, self.int_weight(weight))
+        if refusal is not None:
+            self.refusals[match.root.name] = refusal
+        return refusal is None
+
+    @staticmethod
+    def _weight_refusal(supported: Weights, weight: IntWeight) -> Reason | None:
+        if weight.ch_axis is not None and not supported & Weights.CHANNEL:
+            return WEIGHT_CHANNEL
+        if weight.qparams.zero_point.any() and not supported & Weights.AFFINE:
+            return WEIGHT_AFFINE
+        return None
 
     def _is_int(self, node: Node) -> bool:
         return is_dequantize(node) or node in self.sharing
@@ -192,11 +204,18 @@ class Lowering:
         if match.root in self.ints:
             return self.ints[match.root]
         emission = _Emission(self, match, out)
-        node = emission.saturated(match.row.emit(emission))
-        status = Status.SHARED if match.row.out is Out.SHARE else Status.QUANTIZED
-        self._record(node, match, Decision(status, match.row.name), match.row.emit.kernel, out, emission.engine)
-        self.ints[match.root] = node
+        end = match.row.emit(emission)
+        self.overwritten += [(end, operand) for operand in emission.overwritten]
+        for node in emission.calls:
+            self._record(node, match, match.row.emit.kernel, out, emission.engine)
+        self.ints[match.root] = node = self._clamped(end, out) if emission.needs_clamp else end
         return node
+
+    def _clamped(self, node: Node, out: OutQuant) -> Node:
+        """Int8 values, clamped where the kernel's own saturation is wider than the quantize node's range."""
+        made = self.call(f"{node.name}_clamp", torch.clamp, (node, *real_bounds(out)))
+        self._describe_like(node, made, "aten::clamp")
+        return made
 
     def int_value(self, node: Node, out: OutQuant) -> Node:
         """The int8 node that carries a value of the reference graph."""
@@ -216,12 +235,9 @@ class Lowering:
             return self.constant(f"{source.name}_int8", value)
         args = (self.float_value(source), out.scale, out.zero_point, torch.quint8)
         node = self.call(f"{source.name}_quantize", torch.quantize_per_tensor, args)
-        kernel = "quantize_per_tensor"
-        if (out.quant_min, out.quant_max) != (0, 255):
-            node = self.call(f"{source.name}_clamp", torch.clamp, (node, *real_bounds(out)))
-            kernel += " + clamp"
-        self._describe(node, source.name, Decision(Status.QUANTIZED, "quantize"), Kernel(kernel, *_pair(out)))
-        return node
+        kernel = Kernel("quantize_per_tensor", *_pair(out))
+        self._describe(node, source.name, Decision(Status.QUANTIZED, "quantize"), kernel)
+        return node if saturates(out) else self._clamped(node, out)
 
     def float_value(self, node: Node) -> Any:
         """The float node that carries a value of the reference graph, made when first needed."""
@@ -283,14 +299,13 @@ class Lowering:
             setattr(self.module, node.name, value)
         return node
 
-    def _record(
-        self, node: Node, match: Match, decision: Decision, kernel: str, out: OutQuant, engine: str | None
-    ) -> None:
+    def _record(self, node: Node, match: Match, kernel: str, out: OutQuant, engine: str | None) -> None:
+        status = Status.SHARED if match.row.out is Out.SHARE else Status.QUANTIZED
         region = self.regions.get(match.root.name)
         tail = (*(n.name for n in match.nodes[1:]), *(region.absorbed if region else ()))
         fused = tuple(self.old.origin(name).kind.rpartition(".")[2] for name in tail)
         name = f"{kernel} [{engine}]" if engine else kernel
-        self._describe(node, match.root.name, decision, Kernel(name, *_pair(out), fused))
+        self._describe(node, match.root.name, Decision(status, match.row.name), Kernel(name, *_pair(out), fused))
         if match.end.name in self.old.facts:
             self.plan.facts[node.name] = self.old.facts[match.end.name]
 
@@ -301,21 +316,59 @@ class Lowering:
         if source in self.old.facts:
             self.plan.facts[node.name] = self.old.facts[source]
 
+    def _describe_like(self, node: Node, made: Node, kernel: str) -> None:
+        """Record a node that holds the values of ``node`` again; constants have no kernel of their own."""
+        like = self.plan.kernels.get(node.name)
+        self.plan.decisions[made.name] = self.plan.decisions.get(node.name, Decision(Status.QUANTIZED))
+        self.plan.kernels[made.name] = Kernel(kernel, *((like.scale, like.zero_point) if like else ()))
+        self.plan.origins[made.name] = self.plan.origin(node.name)
+        if node.name in self.plan.facts:
+            self.plan.facts[made.name] = self.plan.facts[node.name]
+
     def _copy_record(self, old: Node, new: Node) -> None:
         if old.name in self.old.facts:
             self.plan.facts[new.name] = self.old.facts[old.name]
         self.plan.origins[new.name] = self.old.origin(old.name)
         if new.op.startswith("call_"):
             decision = self.old.decisions.get(old.name)
-            if decision is None or decision.reason is None and decision.status is not Status.SHAPE_ONLY:
-                decision = float_decision(self.refusals.get(old.name, NO_KERNEL))
+            if decision is None or (decision.reason is None and decision.status is not Status.SHAPE_ONLY):
+                decision = float_decision(self.refusals.get(old.name) or self._why_float(decision))
             self.plan.decisions[new.name] = decision
+
+    def _why_float(self, decision: Decision | None) -> Reason:
+        """Why a node that was to be int8 is not, where no row refused it."""
+        if decision is not None and decision.status is Status.SHARED:
+            return READ_AS_FLOAT
+        return MADE_FOR_OTHER if self.old.backend != self.backend.name else NO_KERNEL
+
+    def _protect(self, kernel: Node, operand: Node) -> None:
+        """Give a kernel that writes over its operand a copy of it, unless nobody else reads that memory later."""
+        order = {node: position for position, node in enumerate(self.graph.nodes)}
+        others = [user for user in operand.users if user is not kernel]
+        if (
+            operand.op == "call_function"
+            and list(kernel.args).count(operand) == 1
+            and all(order[user] < order[kernel] for user in others)
+            and not any(self._may_be_view(node) for node in (operand, *others))
+        ):
+            return
+        with self.graph.inserting_before(kernel):
+            copy = self.graph.create_node("call_function", torch.clone, (operand,), name=f"{operand.name}_copy")
+        # of equal arguments the last one is the one written over: a conv's input comes first
+        kernel.update_arg(max(at for at, argument in enumerate(kernel.args) if argument is operand), copy)
+        self._describe_like(operand, copy, "aten::clone")
+
+    def _may_be_view(self, node: Node) -> bool:
+        decision = self.plan.decisions.get(node.name)
+        return decision is not None and decision.status is Status.SHARED
 
     def _finish(self) -> QuantModule:
         for node in self.reference.graph.nodes:
             if node.op == "call_module":
                 leaf = self.reference.get_submodule(str(node.target))
                 self.module.add_submodule(str(node.target), leaf)
+        for kernel, operand in self.overwritten:
+            self._protect(kernel, operand)
         lowered = QuantModule(self.module, self.graph, type(self.reference).__name__)
         self.plan.fusions = list(self.old.fusions)
         self.plan.notes = list(self.old.notes)
@@ -334,12 +387,12 @@ class _Emission:
         self.lowering, self.match = lowering, match
         self.nodes, self.out = match.nodes, out
         self.engine: str | None = None
-        self._saturates = (out.quant_min, out.quant_max) == (0, 255)
-        self.relu = (
-            not self._saturates
-            and match.row.relu_kernel
-            and (out.quant_min, out.quant_max) == (out.zero_point, 255)
-        )
+        self.calls: list[Node] = []
+        self.overwritten: list[Node] = []
+        ends_at_zero = (out.quant_min, out.quant_max) == (out.zero_point, 255)
+        self.relu = not saturates(out) and match.row.relu_kernel and ends_at_zero
+        # ops that share their input's qparams were given integers inside the range and return no others
+        self.needs_clamp = not (saturates(out) or self.relu or match.row.out is Out.SHARE)
 
     @property
     def _op(self) -> Any:
@@ -366,21 +419,19 @@ class _Emission:
         return None if node is None else get_attribute(self.lowering.reference, str(node.target)).detach()
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        return self.lowering.call(self.match.root.name, target, args, kwargs)
+        self.calls.append(self.lowering.call(self.match.root.name, target, args, kwargs))
+        return self.calls[-1]
 
     def constant(self, suffix: str, value: Any) -> Node:
         return self.lowering.constant(f"{self.match.root.name}_{suffix}", value)
+
+    def overwrites(self, operand: Node) -> None:
+        self.overwritten.append(operand)
 
     def pack(self, function: Callable[..., Any], *args: Any, engine: str | None = None) -> Any:
         self.engine = engine or self.lowering.backend.engine
         with packing(self.engine):
             return function(*args)
-
-    def saturated(self, node: Node) -> Node:
-        """The kernel's output, clamped where its own saturation is wider than the quantize node's range."""
-        if self._saturates or self.relu or self.match.row.out is Out.SHARE:
-            return node
-        return self.lowering.call(f"{self.match.root.name}_clamp", torch.clamp, (node, *real_bounds(self.out)))
 
 
 def reads_shape(node: Node) -> bool:
@@ -388,6 +439,11 @@ def reads_shape(node: Node) -> bool:
     if node.op == "call_method":
         return node.target in _SHAPE_METHODS
     return node.op == "call_function" and node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES
+
+
+def saturates(out: OutQuant) -> bool:
+    """Whether a kernel's own saturation to uint8 is all the clamping an output needs."""
+    return (out.quant_min, out.quant_max) == (0, 255)
 
 
 def real_bounds(out: OutQuant) -> tuple[float, float]:
