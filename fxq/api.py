@@ -23,8 +23,10 @@ from fxq.passes.annotate import Annotate
 from fxq.passes.canonicalize import Canonicalize
 from fxq.passes.drop_identity import DropIdentity
 from fxq.passes.drop_islands import DropIslands
+from fxq.passes.expose_projections import ExposeProjections
 from fxq.passes.float_exits import FloatExits
 from fxq.passes.fold_batchnorm import FoldBatchNorm
+from fxq.passes.fold_constants import FoldConstants
 from fxq.passes.insert_observers import InsertObservers
 from fxq.passes.lower import lower as lower_graph
 from fxq.passes.record_facts import RecordFacts
@@ -173,9 +175,11 @@ def prepare_passes(
     """What happens between the canonical graph and the prepared one, in order."""
     ops = table.dictionary
     return [
+        ExposeProjections(config),
         DropIdentity(ops),
-        FoldBatchNorm(ops),
+        FoldConstants(ops),
         RecordFacts(args, kwargs),
+        FoldBatchNorm(ops),
         RewriteScalars(ops),
         Annotate(table, config, ops),
         FloatExits(table),

@@ -83,7 +83,9 @@ class QConfigMapping:
         self._global = qconfig
         return self
 
-    def set_object_type(self, kind: type[nn.Module] | Callable[..., Any] | str, qconfig: QConfig | str | None) -> QConfigMapping:
+    def set_object_type(
+        self, kind: type[nn.Module] | Callable[..., Any] | str, qconfig: QConfig | str | None
+    ) -> QConfigMapping:
         """For a module class, a function, or an op's name in the tables (``"add"``)."""
         self._types[_type_name(kind)] = qconfig
         return self
@@ -106,12 +108,19 @@ class QConfigMapping:
         self._regexes[pattern] = qconfig
         return self
 
-    def resolved(self, backend: Backend, exclude: Iterable[Any] = ()) -> ResolvedConfig:
+    def resolved(
+        self, backend: Backend, exclude: Iterable[str | type] | str | type = ()
+    ) -> ResolvedConfig:
         """The mapping with names replaced by the backend's QConfigs and exclusions on top."""
-        entries = [exclude] if isinstance(exclude, (str, type)) else exclude
+        entries = [exclude] if isinstance(exclude, str) or callable(exclude) else exclude
 
         def concrete(qconfig: QConfig | str | None) -> QConfig | None:
-            return named_qconfig(qconfig, backend) if isinstance(qconfig, str) else qconfig
+            found = named_qconfig(qconfig, backend) if isinstance(qconfig, str) else qconfig
+            if found is not None and not isinstance(found, QConfig):
+                raise ConfigError(
+                    f"{found!r} is not a qconfig; give a QConfig, a name ({', '.join(QCONFIG_NAMES)}) or None"
+                )
+            return found
 
         return ResolvedConfig(
             concrete(self._global),
@@ -143,7 +152,7 @@ class ResolvedConfig:
         for pattern in reversed(list(self.regexes)):
             if any(re.fullmatch(pattern, path) for path in ancestors):
                 return self.regexes[pattern]
-        for name in (origin.kind, op_name):
+        for name in (origin.kind, op_name, *origin.around):
             if name in self.types:
                 return self.types[name]
         return self.default
@@ -152,7 +161,7 @@ class ResolvedConfig:
         """Raise ConfigError for any entry that matches none of the nodes, given as (origin, op name)."""
         known = list(nodes)
         paths = {path for origin, _ in known for path in _ancestors(origin.module_path)}
-        kinds = {origin.kind for origin, _ in known} | {name for _, name in known}
+        kinds = {name for origin, op_name in known for name in (op_name, origin.kind, *origin.around)}
         unmatched = [f"module name '{name}'" for name in self.names if name not in paths]
         unmatched += [f"regex '{p}'" for p in self.regexes if not any(re.fullmatch(p, path) for path in paths)]
         unmatched += [f"type '{kind}'" for kind in self.types if kind not in kinds]
@@ -171,7 +180,7 @@ class ResolvedConfig:
 
 def _excludes(entry: str, origin: Origin, op_name: str) -> bool:
     """Whether an exclusion (op name, type, module path or a glob of paths) speaks of a node."""
-    return entry in (op_name, origin.kind) or any(
+    return entry in (op_name, origin.kind, *origin.around) or any(
         fnmatch.fnmatchcase(path, entry) for path in _ancestors(origin.module_path) if path
     )
 

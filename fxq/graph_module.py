@@ -19,7 +19,7 @@ class QuantModule(fx.GraphModule):
     @property
     def plan(self) -> QuantPlan:
         plan = self.meta.get("fxq")
-        if plan is None:
+        if not isinstance(plan, QuantPlan):
             raise StageError("this graph module has no quantization plan; make one with fxq.prepare")
         return plan
 
@@ -41,7 +41,9 @@ class QuantModule(fx.GraphModule):
         for value in vars(self).values():
             if isinstance(value, torch.ScriptObject):
                 memo[id(value)] = value
-        return super().__deepcopy__(memo)
+        clone = super().__deepcopy__(memo)
+        assert isinstance(clone, QuantModule)
+        return clone
 
 
 def plan_of(module: nn.Module, *stages: Stage) -> QuantPlan:

@@ -1,10 +1,12 @@
-"""Finding the chains of nodes that a row describes. Thinks in nodes, never in modules: one module may be called often."""
+"""Finding the chains of nodes that a row describes.
+
+Thinks in nodes, never in modules: one module may be called often.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch.fx import Node
 
@@ -29,12 +31,23 @@ class Match:
         return self.nodes[-1]
 
 
-def match_row(row: OpRow, root: Node, ops: Dictionary) -> Match | None:
-    """The longest chain of ``row`` that starts at ``root``; every inner node has exactly one user."""
+Joins = Callable[[Node], bool]
+
+
+def any_node(node: Node) -> bool:
+    """Every node may join a chain."""
+    return True
+
+
+def match_row(row: OpRow, root: Node, ops: Dictionary, joins: Joins = any_node) -> Match | None:
+    """The longest chain of ``row`` that starts at ``root``; every inner node has exactly one user.
+
+    ``joins`` may keep nodes out of the tail.
+    """
     nodes = [root]
     for step in row.steps:
         user = _only_user(nodes[-1])
-        if user is not None and ops.op_of(user) in step.ops and _continues(nodes[-1], user, ops):
+        if user is not None and ops.op_of(user) in step.ops and _continues(nodes[-1], user, ops) and joins(user):
             nodes.append(user)
         elif not step.optional:
             return None
@@ -56,14 +69,14 @@ def _continues(node: Node, user: Node, ops: Dictionary) -> bool:
 
 
 def best_match(
-    backend: Backend, root: Node, ops: Dictionary, facts: Mapping[str, TensorFact]
+    backend: Backend, root: Node, ops: Dictionary, facts: Mapping[str, TensorFact], joins: Joins = any_node
 ) -> Match | Reason:
     """The first row of ``backend`` that takes ``root``, with the longest chain; else the reason why none does."""
     op = ops.op_of(root)
     assert op is not None
     refusal: Reason | None = None
     for row in backend.rows_of(op):
-        match = match_row(row, root, ops)
+        match = match_row(row, root, ops, joins)
         if match is None:
             continue
         reason = row.check(root, facts)
@@ -75,5 +88,6 @@ def best_match(
 
 def other_operand(nodes: tuple[Node, ...], position: int, ops: Dictionary) -> tuple[tuple[int, ...], Node]:
     """``(path, producer)`` of the operand that a binary tail node takes from outside the chain."""
-    op: Any = ops.op_of(nodes[position])
+    op = ops.op_of(nodes[position])
+    assert op is not None
     return next(use for use in op.tensor_arguments(nodes[position]) if use[1] is not nodes[position - 1])

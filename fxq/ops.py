@@ -115,10 +115,9 @@ class Op:
 
     def all_spellings(self) -> Iterable[Spelling]:
         """Every spelling, the canonical target first."""
-        for what in (self.target, *self.functions, *self.methods, *self.modules):
-            yield Spelling(what)
-        for what in self.inplace:
-            yield Spelling(what, inplace=True)
+        plain: tuple[Callable[..., Any] | str, ...] = (self.target, *self.functions, *self.methods, *self.modules)
+        yield from (Spelling(what) for what in plain)
+        yield from (Spelling(what, inplace=True) for what in self.inplace)
         yield from self.spellings
 
     def arguments(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -128,6 +127,13 @@ class Op:
         if signature.rest is not None:
             args += tuple(values[signature.rest])
         return args, {name: values[name] for name in signature.keyword_only}
+
+    def is_canonical(self, node: Node) -> bool:
+        """Whether a node that calls ``target`` gives every parameter, as :meth:`arguments` arranges them."""
+        signature = self.signature
+        positional = len(signature.defaults) - len(signature.keyword_only)
+        fits = len(node.args) >= positional if signature.rest is not None else len(node.args) == positional
+        return fits and node.kwargs.keys() == signature.keyword_only
 
     def index(self, parameter: str) -> int:
         """Position of a parameter among a canonical node's arguments."""
@@ -223,6 +229,8 @@ CLAMP = Op(
         Spelling(nn.Hardtanh, rename={"min_val": "min", "max_val": "max"}),
         Spelling(F.hardtanh, "input, min_val=-1.0, max_val=1.0, inplace=False",
                  rename={"min_val": "min", "max_val": "max"}),
+        Spelling(F.hardtanh_, "input, min_val=-1.0, max_val=1.0", rename={"min_val": "min", "max_val": "max"},
+                 inplace=True),
         Spelling(torch.clamp_min, "input, min", fixed={"max": None}),
         Spelling(torch.clamp_max, "input, max", fixed={"min": None}),
         Spelling("clamp_min", "input, min", fixed={"max": None}),
@@ -231,8 +239,11 @@ CLAMP = Op(
 )  # fmt: skip
 LEAKY_RELU = Op(
     "leaky_relu", F.leaky_relu, "input, negative_slope=0.01, inplace=False", modules=(nn.LeakyReLU,),
+    spellings=(Spelling(F.leaky_relu_, "input, negative_slope=0.01", inplace=True),),
 )  # fmt: skip
-ELU = Op("elu", F.elu, "input, alpha=1.0, inplace=False", modules=(nn.ELU,))
+ELU = Op("elu", F.elu, "input, alpha=1.0, inplace=False", modules=(nn.ELU,), spellings=(
+    Spelling(F.elu_, "input, alpha=1.0", inplace=True),
+))  # fmt: skip
 PRELU = Op("prelu", F.prelu, "input, weight", functions=(torch.prelu,), modules=(nn.PReLU,))
 SIGMOID = Op(
     "sigmoid", torch.sigmoid, "input", functions=(F.sigmoid,), methods=("sigmoid",), modules=(nn.Sigmoid,),
@@ -338,9 +349,17 @@ GETITEM = Op("getitem", operator.getitem, "input, index")
 CONTIGUOUS = Op("contiguous", torch.Tensor.contiguous, "input", spellings=(
     Spelling("contiguous", "input, *, memory_format=None"),
 ))  # fmt: skip
-DROPOUT = Op("dropout", F.dropout, "input, p=0.5, training=True, inplace=False", functions=(
-    F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-), modules=(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout))  # fmt: skip
+# The other kinds of dropout are this op only where they do nothing.
+_INACTIVE: dict[str, Any] = {"must": {"training": False}, "fixed": {"training": False}}
+DROPOUT = Op("dropout", F.dropout, "input, p=0.5, training=True, inplace=False", modules=(nn.Dropout,), spellings=(
+    Spelling(torch.dropout, "input, p, train", rename={"train": "training"}, fixed={"inplace": False}),
+    *(Spelling(function, "input, p=0.5, training=True, inplace=False", **_INACTIVE)
+      for function in (F.dropout1d, F.dropout2d, F.dropout3d)),
+    *(Spelling(function, "input, p=0.5, training=False, inplace=False", **_INACTIVE)
+      for function in (F.alpha_dropout, F.feature_alpha_dropout)),
+    *(Spelling(module, must={"training": False})
+      for module in (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)),
+))  # fmt: skip
 
 VOCABULARY: tuple[Op, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Op))
 
@@ -353,7 +372,7 @@ class Dictionary:
 
     def __init__(self, ops: Iterable[Op]) -> None:
         self.ops = {op.name: op for op in ops}
-        self._by_target = {op.target: op for op in self.ops.values()}
+        self._by_target: dict[Any, Op] = {op.target: op for op in self.ops.values()}
         self._by_spelling: dict[Any, tuple[Op, Spelling]] = {}
         for op in self.ops.values():
             for spelling in op.all_spellings():
@@ -362,7 +381,10 @@ class Dictionary:
 
     def op_of(self, node: Node) -> Op | None:
         """The op of a canonical node, ``None`` for any other node."""
-        return self._by_target.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+        if node.op != "call_function":
+            return None
+        op = self._by_target.get(node.target)
+        return op if op is not None and op.is_canonical(node) else None
 
     def spelled(self, what: Any) -> tuple[Op, Spelling] | None:
         """The op and spelling of a function, method name or module class."""

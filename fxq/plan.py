@@ -55,10 +55,11 @@ UNTRACEABLE = Reason("untraceable", "the module cannot be traced with torch.fx")
 OWN_FORWARD = Reason("own-forward", "a subclass with its own forward")
 ISLAND = Reason("island", "only float ops around it: int8 would only add quantize and dequantize")
 AT_EXIT = Reason("at-exit", "averages what leaves int8 here anyway: in float without rounding")
+ATTENTION = Reason("attention", "attention scores and softmax need more than 8 bits")
 DYNAMIC_WEIGHT = Reason("dynamic-weight", "its weight is computed at run time")
 NEVER_OBSERVED = Reason("never-observed", "its observer saw no data while calibrating")
 OPTIONS = Reason("options", "the int8 kernel does not support these arguments")
-INPLACE = Reason("in-place", "overwrites a view in place")
+INPLACE = Reason("in-place", "part of an update in place")
 MIXED_QPARAMS = Reason("mixed-qparams", "its int8 kernel cannot change scale and zero_point")
 
 
@@ -78,10 +79,17 @@ def float_decision(reason: Reason, detail: str = "") -> Decision:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a node comes from in the user's model: module path and the type or function that was called."""
+    """Where a node comes from in the user's model.
+
+    Attributes:
+        module_path: path of the innermost module around the call.
+        kind: the type, function or method that was called.
+        around: types of the modules around it, innermost first.
+    """
 
     module_path: str
     kind: str
+    around: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +218,7 @@ class QuantPlan:
     def forget(self, name: str) -> None:
         """Drop what is known of a node that a pass erased."""
         for table in (self.decisions, self.origins, self.facts, self.kernels):
-            table.pop(name, None)  # type: ignore[attr-defined]
+            table.pop(name, None)
 
     def check(self, graph: Graph) -> None:
         """Verify that plan and graph agree; run after every pass.

@@ -24,9 +24,8 @@ def entry_points(nodes: dict[str, Node], plan: QuantPlan, sharing: set[str]) -> 
     fed = {(slot.node, group) for slot, group in plan.groups.items() if slot.path}
     entries: dict[int, dict[str, list[Slot]]] = defaultdict(lambda: defaultdict(list))
     for slot, group in plan.groups.items():
-        if not slot.path:
-            if slot.node not in sharing or (slot.node, group) not in fed:
-                entries[group][slot.node] = [slot]
+        if not slot.path and (slot.node not in sharing or (slot.node, group) not in fed):
+            entries[group][slot.node] = [slot]
     for slot, group in plan.groups.items():
         if slot.path:
             producer = argument(nodes[slot.node], slot.path)

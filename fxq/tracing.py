@@ -6,10 +6,12 @@ their place, so exactly the innermost module that cannot be traced is left out.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import os
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,12 +32,14 @@ class Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         last = next(reversed(self.graph.nodes), None)
+        around = self.module_stack.copy()
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:  # whatever a forward may raise on a proxy: the module becomes a leaf
             path = self.path_of_module(m)
             self.untraceable[path] = blocking_statement(error)
             self._erase_after(last)
+            self.module_stack = around
             return self.create_proxy("call_module", path, args, kwargs)
 
     def _erase_after(self, last: fx.Node | None) -> None:
@@ -52,10 +56,11 @@ def blocking_statement(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{where}"
 
 
+_TORCH_FOLDER = os.path.dirname(inspect.getfile(torch)) + os.sep
+
+
 def _is_machinery(filename: str) -> bool:
-    machinery = (inspect.getfile(fx), inspect.getfile(nn.Module), __file__)
-    fx_folder = machinery[0].rsplit("/", 1)[0]
-    return filename.startswith(fx_folder) or filename in machinery or filename.startswith("<")
+    return filename.startswith((_TORCH_FOLDER, "<")) or filename == __file__
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[QuantModule, dict[str, str]]:
@@ -74,18 +79,46 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """
     require_eval(model)
     tracer = Tracer()
-    try:
-        graph = tracer.trace(model, concrete_args=_absent_arguments(model, args, kwargs))
-    except Exception as error:
-        raise TraceError(
-            f"the forward of {type(model).__name__} cannot be traced with torch.fx: {blocking_statement(error)}. "
-            f"Quantize the submodules that do the work instead, e.g. model.backbone = fxq.quantize(model.backbone, "
-            f"...), or move the data-dependent statement into a submodule of its own, which then stays float"
-        ) from error
-    _restore_defaults(graph, model)
-    module = QuantModule(model, graph, type(model).__name__)
-    _independent_copy(module, graph)
+    with _left_as_it_is(model):
+        try:
+            graph = tracer.trace(model, concrete_args=_absent_arguments(model, args, kwargs))
+        except Exception as error:
+            raise TraceError(
+                f"the forward of {type(model).__name__} cannot be traced with torch.fx: {blocking_statement(error)}. "
+                f"Quantize the submodules that do the work instead, e.g. model.backbone = fxq.quantize("
+                f"model.backbone, ...), or move the data-dependent statement into a submodule of its own, which then "
+                f"stays float"
+            ) from error
+        _restore_defaults(graph, model)
+        module = QuantModule(model, graph, type(model).__name__)
+        _independent_copy(module, graph)
     return module, tracer.untraceable
+
+
+@contextlib.contextmanager
+def _left_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Put back whatever tracing does to a model.
+
+    Tracing runs each forward on the model itself: forwards that store attributes would leave proxies behind, those
+    that update a buffer in place would update it, and torch.fx adds the tensor constants it meets as attributes.
+    """
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    copies: dict[int, Any] = {}
+    for module, _ in before:
+        module.__dict__.update({name: _copy_container(value) for name, value in vars(module).items()})
+        module.__dict__["_buffers"] = {
+            name: t if t is None else _copy_tensor(t, copies) for name, t in module._buffers.items()
+        }
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+def _copy_container(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
 
 
 def require_eval(model: nn.Module) -> None:
@@ -99,12 +132,10 @@ def require_eval(model: nn.Module) -> None:
 def _absent_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
     """Defaults of the forward parameters that the example inputs leave out."""
     absent: dict[str, Any] = {}
-    positional = 0
-    for name, parameter in inspect.signature(model.forward).parameters.items():
+    for position, (name, parameter) in enumerate(inspect.signature(model.forward).parameters.items()):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             return None  # torch.fx takes no concrete arguments beside *args
-        given = positional < len(args) or name in kwargs
-        positional += 1
+        given = position < len(args) or name in kwargs
         if not given and parameter.default is not parameter.empty:
             absent[name] = parameter.default
     return absent or None
@@ -129,7 +160,7 @@ def _independent_copy(root: nn.Module, graph: fx.Graph) -> None:
     """
     memo: dict[int, Any] = {}
     leaves = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    for path in leaves:
+    for path in sorted(leaves, key=len):  # a leaf before what is inside it: only the copy's insides may be replaced
         parent, _, name = path.rpartition(".")
         setattr(root.get_submodule(parent), name, _copy_structure(root.get_submodule(path), memo))
     for path in {str(node.target) for node in graph.nodes if node.op == "get_attr"}:
@@ -142,8 +173,8 @@ def _copy_structure(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if id(module) in memo:
         return memo[id(module)]  # type: ignore[no-any-return]
     clone = copy.copy(module)
-    memo[id(module)] = clone
-    clone.__dict__ = dict(module.__dict__)
+    memo[id(module)] = memo[id(clone)] = clone
+    clone.__dict__ = {name: _copy_attribute(value, memo) for name, value in vars(module).items()}
     for table in ("_parameters", "_buffers"):
         tensors = {name: t if t is None else _copy_tensor(t, memo) for name, t in getattr(module, table).items()}
         clone.__dict__[table] = tensors
@@ -151,6 +182,13 @@ def _copy_structure(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         name: child if child is None else _copy_structure(child, memo) for name, child in module._modules.items()
     }
     return clone
+
+
+def _copy_attribute(value: Any, memo: dict[int, Any]) -> Any:
+    """Containers are copied, and tensors in lists, as recurrent layers keep them."""
+    if isinstance(value, list):
+        return [_copy_tensor(item, memo) if isinstance(item, torch.Tensor) else item for item in value]
+    return _copy_container(value)
 
 
 def _copy_tensor(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:

@@ -7,13 +7,14 @@ bounds are the ends of the range anyway, as after relu6, nothing is left of it.
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from fxq.graph_module import QuantModule
 from fxq.ops import CLAMP, RELU, Dictionary
 from fxq.pass_base import Pass
 from fxq.plan import QuantPlan, Region, Slot
-from fxq.qdq import is_dequantize, is_quantize
+from fxq.qdq import QUANTIZE, is_dequantize, is_quantize
 
 
 class AbsorbClamp(Pass):
@@ -42,12 +43,8 @@ class AbsorbClamp(Pass):
         if bounds is None or is_dequantize(clamp.args[0]):
             return False  # on int8 values a clamp is a kernel of its own
 
-        def integer(bound: float | None, otherwise: int) -> int:
-            if bound is None:
-                return otherwise
-            return min(max(round(bound * (1.0 / scale)) + zero_point, quant_min), quant_max)  # type: ignore
-
-        low, high = integer(bounds[0], quant_min), integer(bounds[1], quant_max)  # type: ignore[arg-type]
+        low, high = (_integer(bound, quantize) for bound in bounds)
+        low, high = quant_min if low is None else low, quant_max if high is None else high  # type: ignore[assignment]
         quantize.args = (clamp.args[0], scale, zero_point, low, high, dtype)
         self._move_records(clamp, plan)
         return True
@@ -73,3 +70,10 @@ class AbsorbClamp(Pass):
         if op is CLAMP and not any(isinstance(bound, Node) for bound in node.args[1:]):
             return node.args[1], node.args[2]  # type: ignore[return-value]
         return None
+
+
+def _integer(bound: float | None, quantize: Node) -> int | None:
+    """The integer of a bound, computed by the op itself: a tie must not be rounded another way."""
+    if bound is None:
+        return None
+    return int(QUANTIZE(torch.tensor(float(bound)), *quantize.args[1:]).item())

@@ -17,7 +17,6 @@ from fxq.pass_base import Pass
 from fxq.plan import (
     DYNAMIC_WEIGHT,
     EXCLUDED,
-    INPLACE,
     NOT_FLOAT32,
     UNKNOWN_OP,
     Decision,
@@ -84,20 +83,12 @@ class Annotate(Pass):
             return float_decision(EXCLUDED)
         if op.weight is not None and not _is_static(op.get(node, op.weight)):
             return float_decision(DYNAMIC_WEIGHT)
-        if any(user.name in plan.decisions and plan.decisions[user.name].reason is INPLACE for user in node.users):
-            return float_decision(INPLACE, "a reader overwrites it")
-        found = best_match(self.backend, node, self.ops, plan.facts)
-        if isinstance(found, Reason):
-            return float_decision(found)
-        return self._within_one_config(found, qconfig, plan), qconfig
 
-    def _within_one_config(self, match: Match, qconfig: QConfig, plan: QuantPlan) -> Match:
-        """Cut the optional tail where the configuration differs from the root's."""
-        for position, node in enumerate(match.nodes[1:], 1):
-            differs = self._qconfig(node, plan) != qconfig
-            if differs and match.row.steps[0].optional:
-                return Match(match.row, match.nodes[:position])
-        return match
+        def joins(tail: Node) -> bool:
+            return tail.name not in plan.decisions and self._qconfig(tail, plan) == qconfig
+
+        found = best_match(self.backend, node, self.ops, plan.facts, joins)
+        return float_decision(found) if isinstance(found, Reason) else (found, qconfig)
 
     def _qconfig(self, node: Node, plan: QuantPlan) -> QConfig | None:
         op = self.ops.op_of(node)

@@ -14,32 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
+from fxq.aliases import after, aliases, overwrites, shape_values
 from fxq.config import qualified_name
 from fxq.graph_module import QuantModule, get_attribute, set_tensor
-from fxq.ops import (
-    CHUNK,
-    CONV_TRANSPOSES,
-    CONVS,
-    FLATTEN,
-    GETITEM,
-    PAD,
-    PERMUTE,
-    REQUIRED,
-    RESHAPE,
-    SPLIT,
-    SQUEEZE,
-    TRANSPOSE,
-    UNSQUEEZE,
-    Dictionary,
-    Op,
-    Signature,
-    Spelling,
-)
+from fxq.ops import CONVS, REQUIRED, Dictionary, Op, Signature, Spelling
 from fxq.pass_base import Pass
 from fxq.plan import INPLACE, OWN_FORWARD, UNKNOWN_OP, UNTRACEABLE, Decision, Origin, QuantPlan, float_decision
 
-_VIEWS = (CHUNK, FLATTEN, GETITEM, PERMUTE, RESHAPE, SPLIT, SQUEEZE, TRANSPOSE, UNSQUEEZE)
+# Hooks of older torch versions that compute a weight before each forward; it is constant in eval mode.
+_WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 class Canonicalize(Pass):
@@ -50,11 +38,16 @@ class Canonicalize(Pass):
     def __init__(self, ops: Dictionary) -> None:
         self.ops = ops
         self._tensors: dict[str, torch.Tensor] = {}
+        self._order: dict[Node, int] = {}
+        self._numbers: set[Node] = set()
 
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
         changed = 0
-        for node in list(module.graph.nodes):
-            if not node.op.startswith("call_") or self.ops.op_of(node) and node.name in plan.origins:
+        self._order = {node: position for position, node in enumerate(module.graph.nodes)}
+        self._numbers = shape_values(module.graph)
+        _compute_weights(module)
+        for node in list(self._order):
+            if not node.op.startswith("call_") or node.name in plan.origins:
                 continue
             plan.origins.setdefault(node.name, _origin(node, module))
             changed += self._canonicalize(node, module, plan)
@@ -69,31 +62,71 @@ class Canonicalize(Pass):
         if found is None:
             if node.op == "call_module":
                 plan.decisions[node.name] = _why_left(node, module, plan, self.ops)
+            self._order_after(node, module, plan)
             return False
         op, spelling = found
         spelled = _spelled_values(node, module, op, spelling)
         values = None if spelled is None else _canonical_values(op, spelling, spelled)
         if spelled is None or values is None:
             plan.decisions[node.name] = float_decision(UNKNOWN_OP, f"{op.name} with arguments fxq does not know")
+            self._order_after(node, module, plan)
             return False
-        inplace = spelling.inplace or bool(spelled.get("inplace"))
-        if inplace and not _redirect_later_readers(node, self.ops):
-            plan.decisions[node.name] = float_decision(INPLACE)
-            return False
+        if (spelling.inplace or bool(spelled.get("inplace"))) and node not in self._numbers:
+            source = next(iter(values.values()))
+            if not isinstance(source, Node) or not self._make_functional(node, source):
+                self._order_after(node, module, plan)
+                return False
         if op in CONVS:
             _make_padding_explicit(node, module, values, plan)
         self._rewrite(node, op, values)
         return True
 
+    def _later_readers(self, source: Node, node: Node) -> list[Node]:
+        position = self._order[node]
+        return [user for user in source.users if self._order.get(user, -1) > position]
+
+    def _make_functional(self, node: Node, source: Node) -> bool:
+        """Let later readers of an overwritten tensor read ``node``; False where another name of it is read later."""
+        others = [other for other in aliases(source, self.ops) if other is not source and other is not node]
+        if any(reader is not node for other in others for reader in self._later_readers(other, node)):
+            return False
+        for reader in self._later_readers(source, node):
+            reader.replace_input_with(source, node)
+        return True
+
+    def _order_after(self, node: Node, module: QuantModule, plan: QuantPlan) -> None:
+        """Keep a node that overwrites memory in place, and make later reads of that memory depend on it."""
+        leaf = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        sources = node.all_input_nodes
+        if node in self._numbers or not sources or not overwrites(node, leaf):
+            return
+        plan.decisions.setdefault(node.name, float_decision(INPLACE))
+        maker, *others = aliases(sources[0], self.ops)
+        for name in (maker, *others):
+            if name is not maker:  # int8 views would be copies; the maker's float copy is what they are views of
+                plan.decisions.setdefault(name.name, float_decision(INPLACE, f"by {node.name}"))
+            readers = self._later_readers(name, node)
+            if readers and name is not node:
+                with node.graph.inserting_after(node):
+                    now = node.graph.create_node("call_function", after, (name, node), name=f"{name.name}_after")
+                plan.origins[now.name] = plan.origin(node.name)
+                plan.decisions[now.name] = float_decision(INPLACE)
+                self._order[now] = self._order[node]
+                for reader in readers:
+                    reader.replace_input_with(name, now)
+
     def _spelled(self, node: Node, module: QuantModule) -> tuple[Op, Spelling] | None:
         if node.op != "call_module":
             return self.ops.spelled(node.target)
+        if _hooked(module.get_submodule(str(node.target))):
+            return None
         leaf = module.get_submodule(str(node.target))
         for cls in type(leaf).__mro__:
             found = self.ops.spelled(cls)
             if found is not None:
                 # A subclass that computes something else is not its base class.
-                return found if type(leaf).forward is cls.forward else None
+                same = getattr(type(leaf), "forward", None) is getattr(cls, "forward", None)
+                return found if same else None
         return None
 
     def _rewrite(self, node: Node, op: Op, values: Mapping[str, Any]) -> None:
@@ -117,17 +150,21 @@ class _Attribute:
 
 
 def _origin(node: Node, module: QuantModule) -> Origin:
-    if node.op == "call_module":
-        return Origin(str(node.target), qualified_name(type(module.get_submodule(str(node.target)))))
     stack = node.meta.get("nn_module_stack") or {}
+    around = tuple(qualified_name(kind) for path, kind in reversed(stack.values()) if path != node.target)
+    if node.op == "call_module":
+        leaf = module.get_submodule(str(node.target))
+        return Origin(str(node.target), qualified_name(parametrize.type_before_parametrizations(leaf)), around)
     path = next(reversed(stack.values()))[0] if stack else ""
-    return Origin(path, f"Tensor.{node.target}" if node.op == "call_method" else qualified_name(node.target))
+    return Origin(path, f"Tensor.{node.target}" if node.op == "call_method" else qualified_name(node.target), around)
 
 
 def _why_left(node: Node, module: QuantModule, plan: QuantPlan, ops: Dictionary) -> Decision:
     if str(node.target) in plan.untraceable:
         return float_decision(UNTRACEABLE, plan.untraceable[str(node.target)])
     leaf = module.get_submodule(str(node.target))
+    if _hooked(leaf):
+        return float_decision(OWN_FORWARD, "it has forward hooks")
     if any(ops.spelled(cls) for cls in type(leaf).__mro__):
         return float_decision(OWN_FORWARD, f"of {type(leaf).__mro__[1].__name__}")
     return float_decision(UNKNOWN_OP, type(leaf).__name__)
@@ -184,23 +221,19 @@ def _unpack(rest: Any) -> tuple[Any, ...]:
     return tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else tuple(rest)
 
 
-def _redirect_later_readers(node: Node, ops: Dictionary) -> bool:
-    """Let readers of the overwritten tensor that come after ``node`` read ``node``; False if it is a live view."""
-    source = node.args[0]
-    if not isinstance(source, Node):
-        return False
-    order = {other: position for position, other in enumerate(node.graph.nodes)} if _has_others(source, node) else {}
-    base = source.args[0] if ops.op_of(source) in _VIEWS or source.target in ("view", "chunk", "split") else None
-    if isinstance(base, Node) and _has_others(base, source):
-        order = order or {other: position for position, other in enumerate(node.graph.nodes)}
-        if any(order[user] > order[node] for user in base.users):
-            return False
-    source.replace_all_uses_with(node, delete_user_cb=lambda user: order.get(user, -1) > order.get(node, 0))
-    return True
+def _compute_weights(module: QuantModule) -> None:
+    """Run the hooks that compute a weight, so that the attributes are up to date, and drop them."""
+    for path in dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "call_module"):
+        leaf = module.get_submodule(path)
+        for key, hook in list(leaf._forward_pre_hooks.items()):
+            if isinstance(hook, _WEIGHT_HOOKS):
+                hook(leaf, ())
+                del leaf._forward_pre_hooks[key]
 
 
-def _has_others(node: Node, user: Node) -> bool:
-    return any(other is not user for other in node.users)
+def _hooked(leaf: nn.Module) -> bool:
+    """Whether a module does something besides its forward."""
+    return bool(leaf._forward_hooks or leaf._forward_pre_hooks)
 
 
 def _make_padding_explicit(node: Node, module: QuantModule, values: dict[str, Any], plan: QuantPlan) -> None:

@@ -26,7 +26,7 @@ class DropIdentity(Pass):
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
         dropped = [node for node in module.graph.nodes if self._does_nothing(node, module)]
         for node in dropped:
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             origin = plan.origin(node.name)
             plan.fusions.append(Fusion("drop", origin.kind.rpartition(".")[2], origin.module_path, "eval mode"))
             plan.forget(node.name)
@@ -41,8 +41,8 @@ class DropIdentity(Pass):
             return type(module.get_submodule(str(node.target))) is nn.Identity
         op = self.ops.op_of(node)
         if op is DROPOUT:
-            return op.get(node, "training") is False or op.get(node, "p") == 0
+            return bool(op.get(node, "training") is False or op.get(node, "p") == 0)
         if node.op == "call_function" and qualified_name(node.target) == _STOCHASTIC_DEPTH:
             values = dict(zip(("input", "p", "mode", "training"), node.args, strict=False)) | node.kwargs
-            return values.get("training", True) is False or values.get("p") == 0
+            return bool(values.get("training", True) is False or values.get("p") == 0)
         return False

@@ -26,7 +26,7 @@ class DropIslands(Pass):
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
         heavy = {row.name for row in self.backend.rows if row.heavy}
         region_of = {name: number for number, region in enumerate(plan.regions) for name in region.nodes}
-        graph = nx.Graph()
+        graph: nx.Graph[int] = nx.Graph()
         graph.add_nodes_from(range(len(plan.regions)))
         for node in module.graph.nodes:
             for user in node.users:

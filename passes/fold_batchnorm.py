@@ -23,7 +23,7 @@ from fxq.plan import Fusion, QuantPlan
 class FoldBatchNorm(Pass):
     """BatchNorm nodes next to a layer with weights disappear into it."""
 
-    requires = frozenset({"canonical"})
+    requires = frozenset({"canonical", "facts"})
 
     def __init__(self, ops: Dictionary) -> None:
         self.ops = ops
@@ -38,10 +38,9 @@ class FoldBatchNorm(Pass):
             affine = _affine(node, module)
             if affine is None:
                 continue
-            if self._fold_into_producer(node, *affine, module, plan):
-                folded += 1
-            elif self._fold_into_consumer(node, *affine, module, plan):
-                folded += 1
+            folded += self._fold_into_producer(node, *affine, module, plan) or self._fold_into_consumer(
+                node, *affine, module, plan
+            )
         module.graph.eliminate_dead_code()
         _drop_unread_tensors(module)
         return folded
@@ -50,16 +49,17 @@ class FoldBatchNorm(Pass):
         self, node: Node, scale: torch.Tensor, shift: torch.Tensor, module: QuantModule, plan: QuantPlan
     ) -> bool:
         layer = node.args[0]
-        assert isinstance(layer, Node)
-        op = self.ops.op_of(layer)
-        if op is None or op not in (*CONVS, *CONV_TRANSPOSES, LINEAR) or len(layer.users) != 1:
+        op = self.ops.op_of(layer) if isinstance(layer, Node) else None
+        if not isinstance(layer, Node) or op is None or len(layer.users) != 1:
+            return False
+        if op not in (*CONVS, *CONV_TRANSPOSES, LINEAR):
             return False
         weight = _static(op.get(layer, "weight"), module)
         bias = _static(op.get(layer, "bias"), module)
         if weight is None or (bias is None and op.get(layer, "bias") is not None):
             return False
-        if op is LINEAR and len(scale) != weight.shape[0]:
-            return False  # (N, L, features) input: BatchNorm normalises L there
+        if not _axis_one_is_channels(layer, weight, plan):
+            return False
         new_weight = _scale_output_channels(weight, scale, op, layer)
         _set_weights(layer, op, new_weight, scale * (0 if bias is None else bias) + shift, module, self._readers)
         _log(node, layer, plan, "BatchNorm into the layer before")
@@ -82,6 +82,8 @@ class FoldBatchNorm(Pass):
         bias = _static(op.get(layer, "bias"), module)
         if weight is None or (bias is None and op.get(layer, "bias") is not None):
             return False
+        if not _axis_one_is_channels(layer, weight, plan):
+            return False
         groups = op.get(layer, "groups")
         per_output = weight.shape[0] // groups
 
@@ -90,9 +92,10 @@ class FoldBatchNorm(Pass):
             return rows.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
 
         extra = (weight * of_inputs(shift)).flatten(1).sum(1)
-        _set_weights(layer, op, weight * of_inputs(scale), extra if bias is None else bias + extra, module, self._readers)
+        bias = extra if bias is None else bias + extra
+        _set_weights(layer, op, weight * of_inputs(scale), bias, module, self._readers)
         _log(node, layer, plan, "BatchNorm into the conv after")
-        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        node.replace_all_uses_with(node.args[0])
         _erase(node, plan)
         return True
 
@@ -111,6 +114,15 @@ def _affine(node: Node, module: QuantModule) -> tuple[torch.Tensor, torch.Tensor
         scale = scale * gamma
     shift = -mean * scale
     return scale, shift if beta is None else shift + beta
+
+
+def _axis_one_is_channels(layer: Node, weight: torch.Tensor, plan: QuantPlan) -> bool:
+    """Whether axis 1, which BatchNorm normalises, is the layer's channels.
+
+    It is not for a linear layer on (N, L, features), nor for a conv without a batch dimension.
+    """
+    fact = plan.facts.get(layer.name)
+    return fact is not None and len(fact.shape) == weight.dim()
 
 
 def _static(value: object, module: QuantModule) -> torch.Tensor | None:
@@ -174,8 +186,9 @@ def _erase(node: Node, plan: QuantPlan) -> None:
 
 def _drop_unread_tensors(module: QuantModule) -> None:
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    called = tuple(f"{node.target}." for node in module.graph.nodes if node.op == "call_module")
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
     for path, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
-        if path not in read and not path.startswith(called):
-            parent, _, name = path.rpartition(".")
+        parent, _, name = path.rpartition(".")
+        parts = parent.split(".")
+        if path not in read and not any(".".join(parts[:end]) in called for end in range(1, len(parts) + 1)):
             delattr(module.get_submodule(parent), name)

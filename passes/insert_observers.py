@@ -7,6 +7,8 @@ Weights are observed once, here; they do not change while calibrating.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 
 from torch.fx import Node
@@ -57,7 +59,7 @@ class InsertObservers(Pass):
             with module.graph.inserting_after(producer):
                 call = module.graph.create_node("call_module", path, (producer,), name=f"{producer_name}_observer")
             if slots == [Slot(producer_name)]:
-                producer.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+                producer.replace_all_uses_with(call, delete_user_cb=functools.partial(operator.is_not, call))
             else:
                 for slot in slots:
                     replace_argument(nodes[slot.node], slot.path, call)

@@ -10,6 +10,7 @@ requantize them, and goes back to float otherwise.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import networkx as nx
 from torch.fx import Node
@@ -32,7 +33,15 @@ class ShareQParams(Pass):
 
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
         nodes = {node.name: node for node in module.graph.nodes}
-        links = nx.Graph()
+        while True:
+            links, refused = self._links(nodes, plan)
+            if not refused:
+                return self._number(links, plan)
+            plan.make_float(refused, MIXED_QPARAMS)
+
+    def _links(self, nodes: dict[str, Node], plan: QuantPlan) -> tuple[nx.Graph[Any], list[Region]]:
+        """Which slots share, and the regions that cannot be part of it."""
+        links: nx.Graph[Any] = nx.Graph()
         links.add_nodes_from(plan.specs)
         for region in plan.regions:
             for slot, producer in self._inputs(region, nodes):
@@ -47,8 +56,7 @@ class ShareQParams(Pass):
                     self._link_output(region, inputs, links, plan)
                 else:
                     many.append((region, row))
-        self._link_many(many, nodes, links, plan)
-        return self._number(links, plan)
+        return links, self._link_many(many, nodes, links, plan)
 
     def _inputs(self, region: Region, nodes: dict[str, Node]) -> Iterator[tuple[Slot, Node]]:
         for name in region.nodes:
@@ -58,7 +66,7 @@ class ShareQParams(Pass):
                 if producer.name not in region.nodes:
                     yield Slot(name, path), producer
 
-    def _link_to_producer(self, slot: Slot, producer: Node, links: nx.Graph, plan: QuantPlan) -> None:
+    def _link_to_producer(self, slot: Slot, producer: Node, links: nx.Graph[Any], plan: QuantPlan) -> None:
         source = Slot(producer.name)
         if producer.name in plan.containers and producer.name in plan.decisions:
             op = self.ops.op_of(producer)
@@ -70,7 +78,7 @@ class ShareQParams(Pass):
         else:  # a float tensor: readers with one spec read one quantized version of it
             links.add_edge((producer.name, plan.specs[slot]), slot)
 
-    def _link_weight(self, region: Region, nodes: dict[str, Node], links: nx.Graph, plan: QuantPlan) -> None:
+    def _link_weight(self, region: Region, nodes: dict[str, Node], links: nx.Graph[Any], plan: QuantPlan) -> None:
         root = nodes[region.nodes[0]]
         op = self.ops.op_of(root)
         if op is not None and op.weight is not None:
@@ -78,33 +86,34 @@ class ShareQParams(Pass):
             links.add_edge((op.get(root, op.weight).target, plan.specs[slot]), slot)
 
     @staticmethod
-    def _link_output(region: Region, inputs: list[Slot], links: nx.Graph, plan: QuantPlan) -> None:
+    def _link_output(region: Region, inputs: list[Slot], links: nx.Graph[Any], plan: QuantPlan) -> None:
         output = Slot(region.end)
         for slot in inputs:
             if output in plan.specs and plan.specs[slot] == plan.specs[output]:
                 links.add_edge(slot, output)
 
     def _link_many(
-        self, many: list[tuple[Region, OpRow]], nodes: dict[str, Node], links: nx.Graph, plan: QuantPlan
-    ) -> None:
-        """Unite the inputs of ops like cat, except those whose qparams a kernel dictates."""
+        self, many: list[tuple[Region, OpRow]], nodes: dict[str, Node], links: nx.Graph[Any], plan: QuantPlan
+    ) -> list[Region]:
+        """Unite the inputs of ops like cat, except those whose qparams a kernel dictates; returns who cannot."""
+        refused = []
         fixed = {slot for _, component in self._fixed_components(links, plan) for slot in component}
         for region, row in many:
             inputs = [slot for slot, _ in self._inputs(region, nodes)]
             free = [slot for slot in inputs if slot not in fixed]
             if len(free) < len(inputs) and not row.mixed_inputs:
-                plan.make_float([region], MIXED_QPARAMS)
-                links.remove_nodes_from([slot for slot in links if isinstance(slot, Slot) and slot.node == region.end])
+                refused.append(region)
             else:
                 self._link_output(region, free, links, plan)
+        return refused
 
-    def _fixed_components(self, links: nx.Graph, plan: QuantPlan) -> Iterator[tuple[Fixed, set[Slot]]]:
+    def _fixed_components(self, links: nx.Graph[Any], plan: QuantPlan) -> Iterator[tuple[Fixed, set[Slot]]]:
         for region in plan.regions:
             out = self.backend.row(region.row).out
             if isinstance(out, Fixed):
                 yield out, nx.node_connected_component(links, Slot(region.end))
 
-    def _number(self, links: nx.Graph, plan: QuantPlan) -> int:
+    def _number(self, links: nx.Graph[Any], plan: QuantPlan) -> int:
         plan.groups.clear()
         plan.fixed.clear()
         for number, component in enumerate(nx.connected_components(links)):

@@ -11,7 +11,7 @@ from fxq.qdq import DEQUANTIZE, is_quantize
 
 
 class SimplifyQDQ(Pass):
-    """``quantize(dequantize(q))`` with one scale, zero_point and range is ``q``; equal dequantizes become one."""
+    """``quantize(dequantize(q))`` with one scale, zero_point and range is ``q``."""
 
     requires = frozenset({"reference"})
 
@@ -19,7 +19,7 @@ class SimplifyQDQ(Pass):
         removed = 0
         for node in list(module.graph.nodes):
             if is_quantize(node) and _round_trip(node):
-                node.replace_all_uses_with(node.args[0].args[0])  # type: ignore[union-attr, arg-type]
+                node.replace_all_uses_with(node.args[0].args[0])
                 removed += 1
         module.graph.eliminate_dead_code()
         return removed
@@ -30,7 +30,7 @@ def _round_trip(node: Node) -> bool:
     if not isinstance(source, Node) or source.target is not DEQUANTIZE:
         return False
     origin = source.args[0]
-    return (
+    return bool(
         isinstance(origin, Node)
         and is_quantize(origin)
         and source.args[1:] == (scale, zero_point)

@@ -18,7 +18,7 @@ from fxq.pass_base import Pass
 from fxq.plan import NEVER_OBSERVED, QuantPlan, Slot
 from fxq.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from fxq.slots import entry_points, replace_argument
-from fxq.spec import QParams, QuantSpec
+from fxq.spec import QParams
 
 
 class ToReference(Pass):
@@ -87,7 +87,7 @@ def _remove_observers(module: QuantModule, plan: QuantPlan) -> None:
     names = set(plan.observer_nodes(module.graph))
     for node in list(module.graph.nodes):
         if node.name in names:
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
 
 

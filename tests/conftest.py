@@ -1,0 +1,11 @@
+"""Every test starts from the same random numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

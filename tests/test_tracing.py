@@ -1,0 +1,233 @@
+"""Tracing: unmodified models, float leaves for what cannot be traced, and a model that is left as it is."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models_for_tests import Lambda, canonical, conv, fresh, same
+from torch import nn
+
+import fxq
+from fxq.errors import FxqError, StageError, TraceError
+from fxq.tracing import blocking_statement, trace
+
+X = torch.randn(2, 3, 8, 8)
+
+
+class DataDependent(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            return x + 1
+        return x - 1
+
+
+class Options(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x, skip=None, factor: float = 1.0, *, flag=True):
+        y = self.conv(x)
+        if skip is not None:
+            y = y + skip
+        return y * factor if flag else y
+
+
+class Keeps(nn.Module):
+    """Does to itself what real models do in their forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv()
+        self.seen = []
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count.add_(1)
+        self.last = x
+        self.seen.append(1)
+        self.register_buffer("added", torch.ones(1))
+        return self.conv(x) + self.added + torch.tensor([2.0])
+
+
+def snapshot(model):
+    return (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        {
+            name: (id(m), m.training, {k: id(v) for k, v in vars(m).items()}, list(m._forward_hooks),
+                   list(m._forward_pre_hooks), list(m._buffers))
+            for name, m in model.named_modules()
+        },
+    )  # fmt: skip
+
+
+def assert_untouched(model, before):
+    state, modules = snapshot(model)
+    assert modules == before[1]
+    assert state.keys() == before[0].keys()
+    assert all(torch.equal(value, before[0][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: {"out": m.conv(x), "aux": [x, (m.conv(x) * 2,)]},
+        lambda m, x: (m.conv(x), None, 3),
+        lambda m, x: m.conv(x).view(x.size(0), -1),
+        lambda m, x: nn.functional.interpolate(m.conv(x), size=x.shape[-2:]),
+        lambda m, x: m.relu(m.conv(m.relu(x))),
+    ],
+    ids=["dict", "tuple", "view", "interpolate", "shared-module"],
+)
+def test_structures_are_traced(forward):
+    model = Lambda(forward, conv=conv(), relu=nn.ReLU())
+    module = fresh(model, X)
+    same(module(X), model(X))
+    other = torch.randn(3, 3, 10, 6)
+    same(module(other), model(other))
+
+
+def test_star_args():
+    class Star(nn.Module):
+        def forward(self, *xs):
+            return xs[0] + xs[1]
+
+    module, _ = trace(Star().eval(), (X, X), {})
+    same(module(X, X), X + X)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [((), {}), ((X.mean(1, True),), {}), ((), {"skip": X.mean(1, True)}), ((), {"flag": False})],
+    ids=["none", "positional", "keyword", "flag"],
+)
+def test_optional_inputs(args, kwargs):
+    model = Options().eval()
+    if "flag" in kwargs:
+        with pytest.raises(TraceError, match="flag|control flow"):
+            trace(model, (X, *args), kwargs)
+        return
+    module, _ = trace(model, (X, *args), kwargs)
+    same(module(X, *args, **kwargs), model(X, *args, **kwargs))
+
+
+def test_an_input_fixed_at_none_refuses_another_value():
+    module, _ = trace(Options().eval(), (X,), {})
+    with pytest.raises(AssertionError, match="skip"):
+        module(X, X)
+
+
+def test_untraceable_submodule_is_a_leaf_with_its_statement():
+    model = Lambda(lambda m, x: m.after(m.odd(m.conv(x))), conv=conv(), odd=DataDependent(), after=nn.ReLU())
+    module, untraceable = trace(model, (X,), {})
+    same(module(X), model(X))
+    assert list(untraceable) == ["odd"]
+    assert f"{__file__}:" in untraceable["odd"] and "if x.sum() > 0:" in untraceable["odd"]
+
+
+def test_only_the_innermost_module_is_a_leaf():
+    block = nn.Sequential(conv(), nn.Sequential(DataDependent(), nn.ReLU()))
+    module, untraceable = trace(Lambda(lambda m, x: m.block(x), block=block), (X,), {})
+    assert list(untraceable) == ["block.1.0"]
+    assert [n.target for n in module.graph.nodes if n.op == "call_module"] == ["block.0", "block.1.0", "block.1.1"]
+
+
+def test_nodes_after_a_leaf_know_where_they_are():
+    """A failed forward must not stay on the tracer's stack of modules."""
+    model = Lambda(lambda m, x: torch.relu(m.odd(x)) + 1, odd=DataDependent())
+    plan = canonical(model, X).plan
+    assert plan.origin("relu").module_path == "" and plan.origin("add").module_path == ""
+
+
+def test_a_leaf_keeps_the_nodes_before_it():
+    model = Lambda(lambda m, x: (torch.relu(x), m.odd(torch.tanh(x))), odd=DataDependent())
+    same(fresh(model, X)(X), model(X))
+
+
+def test_root_that_cannot_be_traced_names_statement_and_remedy():
+    with pytest.raises(TraceError) as error:
+        fresh(DataDependent().eval(), X)
+    assert "if x.sum() > 0:" in str(error.value) and __file__ in str(error.value)
+    assert "submodule" in str(error.value)
+
+
+def test_the_named_statement_is_the_models_not_torchs():
+    def broken():
+        return nn.functional.conv2d(torch.ones(1), torch.ones(1))
+
+    try:
+        nn.functional.interpolate(torch.ones(1), size=3, scale_factor=3)
+    except ValueError as error:
+        assert __file__ in blocking_statement(error)
+
+
+@pytest.mark.parametrize(("path", "name"), [("", "the model"), ("drop", "'drop'")])
+def test_training_mode_names_the_module(path, name):
+    model = Lambda(lambda m, x: m.drop(x), drop=nn.Dropout())
+    model.get_submodule(path).training = True
+    with pytest.raises(StageError, match=f"{name}.*training mode.*eval"):
+        fresh(model, X)
+
+
+@pytest.mark.parametrize("path", ["trace", "quantize", "fails"])
+def test_the_model_is_never_modified(path):
+    model = Keeps().eval()
+    before = snapshot(model)
+    expected = copy.deepcopy(model)(X)
+    if path == "trace":
+        fresh(model, X)
+    elif path == "quantize":
+        fxq.quantize(model, [X, X])
+    else:
+        with pytest.raises(FxqError):
+            fxq.quantize(model, [X, X], exclude=["nothing of this name"])
+    assert_untouched(model, before)
+    same(model(X), expected)
+
+
+def test_the_model_is_not_modified_where_tracing_fails():
+    model = Lambda(lambda m, x: m.odd(x) if m.keeps(x).sum() > 0 else x, odd=DataDependent(), keeps=Keeps())
+    before = snapshot(model)
+    with pytest.raises(TraceError):
+        fresh(model, X)
+    assert_untouched(model, before)
+
+
+def test_the_copy_is_independent():
+    leaf = nn.LSTM(8, 4)
+    shift = nn.Parameter(torch.ones(4))
+    model = Lambda(lambda m, x: m.lstm(m.conv(x)[0])[0] + m.shift, conv=conv(), lstm=leaf, shift=shift)
+    module = fresh(model, X)
+    expected = model(X)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    same(module(X), expected)
+
+
+def test_a_leaf_inside_a_leaf_stays_the_users():
+    """``outer`` is a leaf and ``outer.inner`` is called besides: only copies may be replaced."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = DataDependent()
+
+        def forward(self, x):
+            return self.inner(x) if x.sum() > 0 else x
+
+    model = Lambda(lambda m, x: m.outer(x) + m.outer.inner(x), outer=Outer())
+    inner = model.outer.inner
+    module = fresh(model, X)
+    assert model.outer.inner is inner
+    same(module(X), model(X))
+
+
+def test_shared_tensors_stay_shared():
+    a, b = conv(3, 3), conv(3, 3)
+    b.weight = a.weight
+    module = fresh(Lambda(lambda m, x: m.b(m.a(x)), a=a, b=b), X)
+    assert module.get_submodule("a").weight is module.get_submodule("b").weight
+    assert module.get_submodule("a").weight is not a.weight
