@@ -44,7 +44,7 @@ The same in three lines of your own:
   print(fxq.graph_table(qmodel))
 """
 
-EPOCHS = {"mobilenet_v2": 9, "resnet18": 4}
+EPOCHS = {"mobilenet_v2": 6, "resnet18": 3}
 IMAGE_SIZE = 64
 BATCH_SIZE = 64
 HELD_OUT = 360
