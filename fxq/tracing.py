@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import operator
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -21,12 +22,35 @@ from fxq.errors import StageError, TraceError
 from fxq.graph_module import QuantModule, get_attribute, set_tensor
 
 
+class _Proxy(fx.Proxy):
+    """A proxy that records ``x += y`` and ``x[i] = y``: torch.fx would trace one as ``x + y`` and refuse the other."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _record_augmented(name: str) -> None:
+    function = getattr(operator, f"i{name}")
+
+    def augmented(self: _Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {}, name=name)
+
+    setattr(_Proxy, f"__i{name}__", augmented)
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
+    _record_augmented(_name)
+
+
 class Tracer(fx.Tracer):
     """A ``torch.fx`` tracer that contains failures; ``untraceable`` maps module paths to reasons."""
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=())
         self.untraceable: dict[str, str] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -172,7 +196,7 @@ def _independent_copy(root: nn.Module, graph: fx.Graph) -> None:
 def _copy_structure(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if id(module) in memo:
         return memo[id(module)]  # type: ignore[no-any-return]
-    clone = copy.copy(module)
+    clone = object.__new__(type(module))  # copy.copy would refuse parametrized modules
     memo[id(module)] = memo[id(clone)] = clone
     clone.__dict__ = {name: _copy_attribute(value, memo) for name, value in vars(module).items()}
     for table in ("_parameters", "_buffers"):

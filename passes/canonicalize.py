@@ -87,9 +87,10 @@ class Canonicalize(Pass):
 
     def _make_functional(self, node: Node, source: Node) -> bool:
         """Let later readers of an overwritten tensor read ``node``; False where another name of it is read later."""
-        others = [other for other in aliases(source, self.ops) if other is not source and other is not node]
-        if any(reader is not node for other in others for reader in self._later_readers(other, node)):
-            return False
+        for other in aliases(source, self.ops):
+            made_before = self._order[other] < self._order[node]
+            if other is not source and made_before and self._later_readers(other, node):
+                return False
         for reader in self._later_readers(source, node):
             reader.replace_input_with(source, node)
         return True
@@ -106,12 +107,12 @@ class Canonicalize(Pass):
             if name is not maker:  # int8 views would be copies; the maker's float copy is what they are views of
                 plan.decisions.setdefault(name.name, float_decision(INPLACE, f"by {node.name}"))
             readers = self._later_readers(name, node)
-            if readers and name is not node:
+            if readers and self._order[name] < self._order[node]:
                 with node.graph.inserting_after(node):
                     now = node.graph.create_node("call_function", after, (name, node), name=f"{name.name}_after")
                 plan.origins[now.name] = plan.origin(node.name)
                 plan.decisions[now.name] = float_decision(INPLACE)
-                self._order[now] = self._order[node]
+                self._order[now] = self._order[node]  # after it, before all that follows
                 for reader in readers:
                     reader.replace_input_with(name, now)
 

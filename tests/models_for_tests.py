@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from fxq.backends import get_backend
+from fxq.passes.canonicalize import Canonicalize
 from torch import nn
 
 from fxq.api import prepare_passes
-from fxq.backends import get_backend
 from fxq.config import QConfigMapping
 from fxq.graph_module import QuantModule
 from fxq.op_table import Backend
 from fxq.ops import VOCABULARY, Dictionary
 from fxq.pass_base import Pass, Pipeline
-from fxq.passes.canonicalize import Canonicalize
 from fxq.plan import QuantPlan, Reason
 from fxq.qdq import is_dequantize, is_quantize
 from fxq.tracing import trace
@@ -30,7 +30,10 @@ class Lambda(nn.Module):
     def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
         super().__init__()
         for name, part in parts.items():
-            setattr(self, name, part)
+            if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
         self.function = forward
         randomize(self)
         self.eval()
