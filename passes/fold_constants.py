@@ -1,0 +1,79 @@
+"""Compute once what depends on parameters and buffers alone.
+
+Examples are a weight scaled by a mask, BatchNorm written out as arithmetic on its buffers, and the position
+tables that some transformers compute from coordinates in each forward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import Node
+
+from fxq.graph_module import QuantModule, free_path, get_attribute, set_tensor
+from fxq.ops import DROPOUT, Dictionary
+from fxq.pass_base import Pass
+from fxq.plan import QuantPlan
+
+_RANDOM = ("bernoulli", "dropout", "empty", "multinomial", "normal", "poisson", "rand")
+_PURE_MODULES = ("torch", "torchvision", "_operator", "operator")
+
+
+class FoldConstants(Pass):
+    """Tensor nodes whose inputs are all constant become constants."""
+
+    requires = frozenset({"canonical"})
+
+    def __init__(self, ops: Dictionary) -> None:
+        self.ops = ops
+
+    def run(self, module: QuantModule, plan: QuantPlan) -> int:
+        values: dict[Node, Any] = {}
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                values[node] = get_attribute(module, str(node.target))
+            elif node.all_input_nodes and all(source in values for source in node.all_input_nodes):
+                if self._is_pure(node):
+                    values[node] = _evaluate(node, values)
+        folded = [node for node in values if node.op != "get_attr" and _leaves(node, values)]
+        for node in folded:
+            self._replace(node, values[node], module, plan)
+        module.graph.eliminate_dead_code()
+        for name in plan.origins.keys() - {node.name for node in module.graph.nodes}:
+            plan.forget(name)
+        return len(folded)
+
+    def _is_pure(self, node: Node) -> bool:
+        op = self.ops.op_of(node)
+        if op is not None:
+            return op is not DROPOUT
+        name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+        if name.endswith("_") or name.startswith(_RANDOM) or name.startswith("new_"):
+            return False
+        if node.op == "call_function":
+            module = getattr(node.target, "__module__", None) or "torch"
+            return module.partition(".")[0] in _PURE_MODULES
+        return node.op == "call_method"
+
+    @staticmethod
+    def _replace(node: Node, value: torch.Tensor, module: QuantModule, plan: QuantPlan) -> None:
+        path = free_path(module, f"{node.name}_constant")
+        set_tensor(module, path, value)
+        with module.graph.inserting_before(node):
+            constant = module.graph.get_attr(path)
+        node.replace_all_uses_with(constant)
+
+
+def _evaluate(node: Node, values: dict[Node, Any]) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    with torch.no_grad():
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _leaves(node: Node, values: dict[Node, Any]) -> bool:
+    """Whether a constant tensor has a reader that is not constant itself."""
+    return isinstance(values[node], torch.Tensor) and any(user not in values for user in node.users)
