@@ -21,7 +21,7 @@ from fxq.engine import packing, require_engine
 from fxq.graph_module import QuantModule, get_attribute, set_tensor
 from fxq.matcher import Match, best_match, other_operand
 from fxq.numerics import dequantize
-from fxq.op_table import Backend, IntWeight, Out, OutQuant, Weights
+from fxq.op_table import Backend, Fixed, IntWeight, Out, OutQuant, Weights
 from fxq.ops import Dictionary
 from fxq.plan import (
     NO_KERNEL,
@@ -39,6 +39,7 @@ from fxq.spec import QParams
 WEIGHT_CHANNEL = Reason("weight-scheme", "the backend's kernel takes per-tensor weights only")
 WEIGHT_AFFINE = Reason("weight-scheme", "the backend's kernel takes symmetric weights only")
 MADE_FOR_OTHER = Reason("other-backend", "quantized for another backend, which fuses it with other ops than this one")
+FIXED_OUTPUT = Reason("fixed-output", "its int8 kernel dictates a scale and zero_point other than the ones asked for")
 READ_AS_FLOAT = Reason("read-as-float", "moves values about that only float ops read")
 _LONGEST_CHAIN = 4  # nodes in one kernel: conv, add, relu, and one to spare
 _SHAPE_METHODS = frozenset({"size", "dim", "numel", "nelement", "ndimension"})
@@ -114,7 +115,7 @@ class Lowering:
             found = best_match(self.backend, candidate, self.ops, self.old.facts)
             if isinstance(found, Reason):
                 self.refusals[candidate.name] = found
-            elif found.end is end and self._runs_on_integers(found):
+            elif found.end is end and self._runs_on_integers(found) and self._reaches(found, quantize):
                 self.matches[quantize] = found
                 return
 
@@ -146,6 +147,14 @@ class Lowering:
         if refusal is not None:
             self.refusals[match.root.name] = refusal
         return refusal is None
+
+    def _reaches(self, match: Match, quantize: Node) -> bool:
+        """Whether the kernel can give the output the qparams asked for."""
+        fixed, out = match.row.out, output_quant(quantize)
+        if not isinstance(fixed, Fixed) or (saturates(out) and _pair(out) == (fixed.scale, fixed.zero_point)):
+            return True
+        self.refusals[match.root.name] = FIXED_OUTPUT
+        return False
 
     @staticmethod
     def _weight_refusal(supported: Weights, weight: IntWeight) -> Reason | None:

@@ -78,6 +78,31 @@ class Residual(nn.Module):
         return self.tail(x + self.body(x) if self.swap else self.body(x) + x)
 
 
+class Shared(nn.Module):
+    """``join(x, conv(x))`` for an ``x`` that a conv made, then a conv."""
+
+    def __init__(self, join: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.entry, self.body, self.after = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(16, 4, 1)
+        self.join = join
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.entry(x)
+        return self.after(self.join(x, self.body(x)))
+
+
+class WithConstant(nn.Module):
+    """A conv to which a buffer of the output's shape is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(8, 8, 3, padding=1)
+        self.register_buffer("constant", torch.randn(2, 8, 9, 9))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x) + self.constant
+
+
 @dataclass(frozen=True)
 class Case:
     """A model that a row must run; ``other`` are further input shapes than the example's."""
@@ -368,7 +393,18 @@ CONV_ADD_CASES = (
     Case("conv2d_add", "relu6", lambda: Residual(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU6())),
     Case("conv2d_add", "depthwise", lambda: Residual(nn.Conv2d(8, 8, 3, padding=1, groups=8))),
     branches("conv2d_add", "two convs", lambda a, b: (a + b).relu()),
-)
+    # the kernel writes over the operand it adds, so these must not lose it
+    Case("conv2d_add", "operand read later", lambda: Shared(lambda x, y: torch.cat([y + x, x], 1)), other=LARGE),
+    Case("conv2d_add", "operand returned", lambda: Shared(lambda x, y: torch.cat([y + x, x.relu()], 1))),
+    Case("conv2d_add", "a view of it read later",
+         lambda: Shared(lambda x, y: torch.cat([y + x, x.reshape(-1, 8, 9, 9)], 1))),
+    Case("conv2d_add", "operand is a view", lambda: Shared(
+        lambda x, y: torch.cat([y + x.transpose(1, 2).contiguous().transpose(1, 2), x], 1))),
+    Case("conv2d_add", "operand is a part",
+         lambda: Shared(lambda x, y: (lambda both: torch.cat([y + both.chunk(2, 1)[0], both[:, 4:12]], 1))(
+             torch.cat([x, x], 1)))),
+    Case("conv2d_add", "operand is a constant", WithConstant),
+)  # fmt: skip
 
 CASES = (
     *CONV_CASES, *TRANSPOSE_CASES, *LINEAR_CASES, *ARITHMETIC_CASES, *ACTIVATION_CASES, *NORM_CASES,
@@ -396,7 +432,9 @@ def assert_agrees(case: Case, backend: str, qconfig: QConfig | str = "per_channe
         x = torch.randn(shape)
         lines = kernel_agreement(reference, table, x)
         assert [line for line in lines if line.max_lsb > 1] == [], shape
-        assert lowered(x).shape == reference(x).shape
+        once = lowered(x)
+        assert once.shape == reference(x).shape
+        assert torch.equal(lowered(x), once)  # nothing that belongs to the model was overwritten
 
 
 def cases_of(backend: str) -> list[Case]:
@@ -416,3 +454,128 @@ def test_every_row_has_a_case(backend: str) -> None:
 @pytest.mark.parametrize(("backend", "case"), PAIRS)
 def test_row(backend: str, case: Case) -> None:
     assert_agrees(case, backend)
+
+
+def qconfig(**activation: Any) -> QConfig:
+    return QConfig(activation=ACTIVATION.replace(**activation), weight=WEIGHT)
+
+
+QCONFIGS: dict[str, QConfig | str] = {
+    "per_tensor": "per_tensor",
+    "symmetric": qconfig(symmetric=True),
+    "4-bit weights": QConfig(activation=ACTIVATION, weight=WEIGHT.replace(quant_min=-8, quant_max=7)),
+    "affine weights": QConfig(activation=ACTIVATION, weight=WEIGHT.replace(quant_min=-128, symmetric=False)),
+    "affine per-tensor weights": QConfig(
+        activation=ACTIVATION, weight=WEIGHT.replace(quant_min=-128, symmetric=False, ch_axis=None)
+    ),
+    "4-bit activations": qconfig(quant_max=15),
+    "7-bit activations": qconfig(quant_max=127),
+    "middle of the integers": qconfig(quant_min=50, quant_max=201),
+    "powers of two": QConfig(
+        activation=ACTIVATION.replace(pow2_scale=True), weight=WEIGHT.replace(pow2_scale=True)
+    ),
+    "signed": qconfig(dtype=torch.int8, quant_min=-128, quant_max=127),
+    "signed symmetric": qconfig(dtype=torch.int8, quant_min=-127, quant_max=127, symmetric=True),
+    "histogram": qconfig(observer="histogram"),
+}
+WEIGHTED = ("conv2d-3x3", "conv2d-relu", "conv2d-relu6", "conv2d-depthwise", "conv2d-depthwise 116", "linear-relu",
+            "conv1d-plain", "conv2d_add-relu", "conv2d_add-plain", "conv_transpose2d-relu6")  # fmt: skip
+UNWEIGHTED = ("add-two", "add-relu", "add-relu6", "add-scalar -0.75", "mul-two", "mul-relu", "cat-two scales",
+              "cat-fixed and free", "matmul-4 dimensions", "clamp-after pool", "relu-after pool", "sigmoid-plain",
+              "tanh-plain", "hardswish-plain", "leaky_relu-plain", "elu-plain", "prelu-a slope a channel",
+              "softmax-channels", "batch_norm-relu", "layer_norm-last", "instance_norm-plain", "max_pool2d-padding",
+              "avg_pool2d-exclude pad", "pad-zero", "pad-reflect", "interpolate-bilinear", "mean-keepdim",
+              "chunk-swapped", "contiguous-shuffle")  # fmt: skip
+BY_NAME = {str(case): case for case in CASES}
+# The kernels without weights are the same under every engine.
+CONFIGURED = [
+    pytest.param(backend, name, config, id=f"{backend}-{name}-{config}")
+    for config in QCONFIGS
+    for backend in BACKENDS
+    for name in (*WEIGHTED, *(UNWEIGHTED if backend == "x86" else ()))
+    if BY_NAME[name] in cases_of(backend)
+]
+
+
+FIXED = ("sigmoid-plain", "tanh-plain", "cat-fixed and free", "add-relu", "add-relu6")  # in them, such an op
+FULL_RANGE = ("histogram", "signed", "per_tensor", *(name for name in QCONFIGS if name.endswith("weights")))
+
+
+def reasons_of(lowered: QuantModule) -> set[str]:
+    return {decision.reason.code for decision in lowered.plan.decisions.values() if decision.reason}
+
+
+@pytest.mark.parametrize(("backend", "name", "config"), CONFIGURED)
+def test_qconfig(backend: str, name: str, config: str) -> None:
+    case = BY_NAME[name]
+    reasons: set[str] = set()
+    if case.row == "conv2d_add" and config.startswith("affine"):
+        reasons = {"weight-scheme", "no-kernel"}  # onednn's kernels take symmetric weights only
+    elif name in FIXED and config not in FULL_RANGE:
+        reasons = {"fixed-output"}  # the kernel cannot give what was asked for
+    reference = reference_of(case, backend, QCONFIGS[config])
+    lowered = fxq.lower(reference, backend)
+    if reasons:
+        assert reasons_of(lowered) <= reasons
+        lines = kernel_agreement(reference, get_backend(backend), torch.randn(case.shape))
+        assert [line for line in lines if line.max_lsb > 1] == []
+    else:
+        assert reasons_of(lowered) == set()
+        assert_agrees(case, backend, QCONFIGS[config])
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An op that stays float, and why; everything around it still runs."""
+
+    op: str
+    name: str
+    make: Callable[[], nn.Module]
+    code: str
+    shape: tuple[int, ...] = (2, 8, 9, 9)
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+def refused(op: str, name: str, function: Callable[[torch.Tensor], torch.Tensor], code: str = "options",
+            outputs: int = 8) -> Refusal:  # fmt: skip
+    return Refusal(op, name, lambda: Between(Fn(function), outputs=outputs), code)
+
+
+REFUSALS = (
+    refused("silu", "plain", F.silu, "no-kernel"),
+    refused("mish", "plain", F.mish, "no-kernel"),
+    refused("gelu", "plain", F.gelu, "no-kernel"),
+    refused("sub", "tensors", lambda x: x - x.relu(), "no-kernel"),
+    refused("sub", "from a number", lambda x: 1 - x, "no-kernel"),
+    refused("div", "tensors", lambda x: x / (x.sigmoid() + 1), "no-kernel"),
+    refused("div", "of a number", lambda x: 1 / (x.sigmoid() + 1), "no-kernel"),
+    refused("pad", "with ones", lambda x: F.pad(x, (1, 1), value=1.0)),
+    refused("pad", "replicate", lambda x: F.pad(x, (1, 1, 1, 1), "replicate")),
+    refused("interpolate", "bicubic", lambda x: F.interpolate(x, scale_factor=2, mode="bicubic")),
+    refused("interpolate", "antialias", lambda x: F.interpolate(x, size=5, mode="bilinear", antialias=True)),
+    refused("interpolate", "nearest-exact", lambda x: F.interpolate(x, size=5, mode="nearest-exact")),
+    refused("avg_pool2d", "divisor", lambda x: F.avg_pool2d(x, 2, divisor_override=3)),
+    refused("mean", "of all", lambda x: x * x.mean()),
+    refused("matmul", "of different ranks", lambda x: x @ x[0, 0]),
+    refused("matmul", "of vectors", lambda x: (x @ x[0, 0, 0]).unsqueeze(3)),
+    Refusal("conv2d", "one image", lambda: nn.Conv2d(8, 4, 3), "options", (8, 9, 9)),
+    Refusal("conv_transpose2d", "one image", lambda: nn.ConvTranspose2d(8, 4, 3), "options", (8, 9, 9)),
+    Refusal("linear", "one vector", lambda: nn.Linear(8, 4), "options", (8,)),
+    Refusal("instance_norm", "running statistics",
+            lambda: Between(nn.Sequential(nn.ReLU(), alive(nn.InstanceNorm2d(8, track_running_stats=True)))),
+            "options"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", REFUSALS, ids=str)
+def test_refused(backend: str, case: Refusal) -> None:
+    reference = reference_of(case, backend, "per_channel")  # type: ignore[arg-type]
+    lowered = fxq.lower(reference, backend)
+    floats = {n: d for n, d in lowered.plan.decisions.items() if d.status is Status.FLOAT}
+    assert case.code in {d.reason.code for d in floats.values() if d.reason}, floats
+    x = torch.randn(case.shape)
+    assert all(line.max_lsb <= 1 for line in kernel_agreement(reference, get_backend(backend), x))
+    assert lowered(x).shape == reference(x).shape
