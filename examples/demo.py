@@ -44,7 +44,7 @@ The same in three lines of your own:
   print(fxq.graph_table(qmodel))
 """
 
-EPOCHS = {"mobilenet_v2": 6, "resnet18": 3}
+EPOCHS = {"mobilenet_v2": 8, "resnet18": 3}
 IMAGE_SIZE = 64
 BATCH_SIZE = 64
 HELD_OUT = 360
@@ -214,13 +214,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=tuple(EPOCHS), default=list(EPOCHS), metavar="NAME")
-    parser.add_argument("--backends", nargs="+", default=available_backends(), metavar="NAME")
+    models, backends = list(EPOCHS), available_backends()
+    parser.add_argument("--models", nargs="+", choices=models, default=models, help="(default: all)")
+    parser.add_argument("--backends", nargs="+", choices=backends, default=backends, help="(default: all there are)")
     parser.add_argument("--qconfig", choices=("per_channel", "per_tensor"), default="per_channel")
-    parser.add_argument("--weights", metavar="W", help="start training from these: DEFAULT, or a state-dict file")
+    parser.add_argument("--weights", metavar="W", help="ImageNet weights to start from: DEFAULT, or a state-dict file")
     parser.add_argument("--retrain", action="store_true", help="train even if there are cached weights")
-    parser.add_argument("--threads", type=int, default=1, help="threads while measuring latency (default: 1)")
-    parser.add_argument("--graph-rows", type=int, default=25, help="lines of the graph table to print (default: 25)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads while measuring latency")
+    parser.add_argument("--graph-rows", type=int, default=25, metavar="N", help="lines of the graph table to print")
     return parser.parse_args()
 
 
