@@ -25,6 +25,7 @@ from unittest import mock
 import pytest
 import torch
 
+from fxq.api import get_backend, prepare_passes
 from fxq.observers import OBSERVERS
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +133,13 @@ def resolves(name: str) -> bool:
             value = getattr(value, part)
         return True
     return False
+
+
+def test_the_design_page_lists_every_pass_in_order() -> None:
+    passes = [step.name for step in prepare_passes(get_backend("qnnpack"), None, (), {})]  # type: ignore[arg-type]
+    pipeline = blocks((ROOT / "docs" / "design.md").read_text())[0].text
+    listed = [line.split()[0] for line in pipeline.splitlines() if line.strip()]
+    assert [name for name in listed if name in passes] == passes
 
 
 def test_the_checks_see_what_is_wrong() -> None:
