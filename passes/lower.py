@@ -25,6 +25,7 @@ from fxq.op_table import Backend, Fixed, IntWeight, Out, OutQuant, Weights
 from fxq.ops import Dictionary
 from fxq.plan import (
     NO_KERNEL,
+    OPTIONS,
     Decision,
     Kernel,
     QuantPlan,
@@ -112,12 +113,25 @@ class Lowering:
         if self._shares(end, quantize) or end.op in ("placeholder", "get_attr"):
             return
         for candidate in reversed(self._chain(end)):
-            found = best_match(self.backend, candidate, self.ops, self.old.facts)
+            found = self._best_match(candidate)
             if isinstance(found, Reason):
                 self.refusals[candidate.name] = found
             elif found.end is end and self._runs_on_integers(found) and self._reaches(found, quantize):
                 self.matches[quantize] = found
                 return
+
+    def _best_match(self, node: Node) -> Match | Reason:
+        """The row for a node; what was decided to stay float, by the user or for accuracy, does stay float."""
+        stays = self._stays_float(node)
+        return stays or best_match(
+            self.backend, node, self.ops, self.old.facts, lambda tail: self._stays_float(tail) is None
+        )
+
+    def _stays_float(self, node: Node) -> Reason | None:
+        decision = self.old.decisions.get(node.name)
+        reason = None if decision is None else decision.reason
+        # Another backend may have the kernel that was missing.
+        return None if reason is None or reason.code in (NO_KERNEL.code, OPTIONS.code) else reason
 
     def _chain(self, end: Node) -> list[Node]:
         """``end`` and the ops before it, as far as each has one operand that is no integer: last one first."""
@@ -172,7 +186,7 @@ class Lowering:
         op = self.ops.op_of(node)
         if op is None or is_dequantize(node):
             return False
-        found = best_match(self.backend, node, self.ops, self.old.facts)
+        found = self._best_match(node)
         if isinstance(found, Reason):
             self.refusals[node.name] = found
             return False
@@ -230,7 +244,7 @@ class Lowering:
         """The int8 node that carries a value of the reference graph."""
         if is_dequantize(node):
             return self.ints[node.args[0]]  # type: ignore[index]
-        found = best_match(self.backend, node, self.ops, self.old.facts)
+        found = self._best_match(node)
         assert isinstance(found, Match)
         return self.emit(found, out)
 
@@ -382,6 +396,7 @@ class Lowering:
         self.plan.fusions = list(self.old.fusions)
         self.plan.notes = list(self.old.notes)
         self.plan.model, self.plan.weight_bytes = self.old.model, self.old.weight_bytes
+        self.plan.attributes = dict(self.old.attributes)
         self.plan.containers = set(self.old.containers)
         lowered.meta["fxq"] = self.plan
         lowered.graph.lint()

@@ -11,13 +11,13 @@ from fxq.backends import get_backend
 from fxq.passes.canonicalize import Canonicalize
 from torch import nn
 
-from fxq.api import prepare_passes
 from fxq.config import QConfigMapping
 from fxq.graph_module import QuantModule
 from fxq.op_table import Backend
 from fxq.ops import VOCABULARY, Dictionary
 from fxq.pass_base import Pass, Pipeline
 from fxq.plan import QuantPlan, Reason
+from fxq.preparation import prepare_passes
 from fxq.qdq import is_dequantize, is_quantize
 from fxq.tracing import trace
 
@@ -83,7 +83,7 @@ def before(
     mapping = qconfig or QConfigMapping()
     module = fresh(model, *inputs)
     Pipeline([Canonicalize(table.dictionary)])(module)
-    steps = prepare_passes(table, mapping.resolved(table, exclude), inputs, {})
+    steps = prepare_passes(table, mapping.resolved(table, exclude), (inputs, {}))
     at = next(position for position, step in enumerate(steps) if type(step) is last)
     Pipeline(steps[:at])(module)
     return module, steps[at]
