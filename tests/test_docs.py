@@ -25,8 +25,9 @@ from unittest import mock
 import pytest
 import torch
 
-from fxq.api import get_backend, prepare_passes
+from fxq.api import get_backend
 from fxq.observers import OBSERVERS
+from fxq.preparation import prepare_passes
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")) if path.is_file())
@@ -136,7 +137,7 @@ def resolves(name: str) -> bool:
 
 
 def test_the_design_page_lists_every_pass_in_order() -> None:
-    passes = [step.name for step in prepare_passes(get_backend("qnnpack"), None, (), {})]  # type: ignore[arg-type]
+    passes = [step.name for step in prepare_passes(get_backend("qnnpack"), None, ((), {}))]  # type: ignore[arg-type]
     pipeline = blocks((ROOT / "docs" / "design.md").read_text())[0].text
     listed = [line.split()[0] for line in pipeline.splitlines() if line.strip()]
     assert [name for name in listed if name in passes] == passes
