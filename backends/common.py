@@ -69,7 +69,7 @@ def right_engine(own: str) -> EngineChoice:
         symmetric = not bool(weight.qparams.zero_point.any())
         depthwise = groups > 1 and weight.values.shape[1] == 1
         many = depthwise or groups > 100
-        if symmetric and "onednn" in available_engines() and (own == "onednn" or many and cpu_has_vnni()):
+        if symmetric and "onednn" in available_engines() and (own == "onednn" or (many and cpu_has_vnni())):
             return "onednn"
         if depthwise and 2 * 255 * int(weight.values.int().abs().max()) > 32767:
             return "qnnpack"
