@@ -22,6 +22,7 @@ from fxq.qdq import is_dequantize, is_quantize
 from fxq.tracing import trace
 
 OPS = Dictionary(VOCABULARY)
+_RANDOM = (("running_mean", -1, 1), ("running_var", 0.5, 2), ("weight", 0.5, 1.5), ("bias", -1, 1))
 
 
 class Lambda(nn.Module):
@@ -52,7 +53,7 @@ class Two(Lambda):
 def randomize(model: nn.Module) -> nn.Module:
     """Give every norm layer statistics and an affine map that a test cannot miss."""
     for module in model.modules():
-        for name, low, high in (("running_mean", -1, 1), ("running_var", 0.5, 2), ("weight", 0.5, 1.5), ("bias", -1, 1)):
+        for name, low, high in _RANDOM:
             tensor = getattr(module, name, None)
             norm = hasattr(module, "running_var") or isinstance(module, (nn.GroupNorm, nn.LayerNorm))
             if norm and isinstance(tensor, torch.Tensor):

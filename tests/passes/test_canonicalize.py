@@ -28,7 +28,8 @@ MODULES = {
     nn.AdaptiveAvgPool3d: (2,), nn.Hardtanh: (-0.5, 0.7), nn.PReLU: (4,),
 }  # fmt: skip
 ARGUMENTS = {
-    "linear": (torch.randn(3, 6),), "matmul": (torch.randn(2, 4, 12, 5),), "batch_norm": (torch.randn(4), torch.rand(4) + 1),
+    "linear": (torch.randn(3, 6),), "matmul": (torch.randn(2, 4, 12, 5),),
+    "batch_norm": (torch.randn(4), torch.rand(4) + 1),
     "layer_norm": ([6],), "group_norm": (2,), "clamp": (-0.5, 0.6), "prelu": (torch.rand(4),), "softmax": (1,),
     "add": (torch.randn(6, 6),), "sub": (2.0,), "mul": (torch.randn(6, 6),), "div": (torch.rand(6, 6) + 1,),
     "max_pool1d": (2,), "max_pool2d": (3, 2, 1), "max_pool3d": (2,), "avg_pool1d": (2,), "avg_pool2d": (3, 2, 1),
@@ -86,7 +87,8 @@ def model_of(op, what):
     if what is F.dropout1d:
         x = X1
     constants = {f"c{i}": a for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)}
-    in_place = (isinstance(what, str) and what.endswith("_")) or name.endswith("_") or (name.startswith("i") and what in vars(operator).values())
+    augmented = name.startswith("i") and what in vars(operator).values()
+    in_place = name.endswith("_") or augmented
 
     def forward(m, v):
         values = [getattr(m, f"c{i}") if f"c{i}" in constants else a for i, a in enumerate(arguments)]
@@ -107,7 +109,9 @@ def test_every_spelling_becomes_the_op(op, what):
     assert not module.plan.decisions
 
 
-@pytest.mark.parametrize("what", [nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.Hardswish, nn.SiLU, nn.Mish, nn.Hardsigmoid])
+@pytest.mark.parametrize(
+    "what", [nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.Hardswish, nn.SiLU, nn.Mish, nn.Hardsigmoid]
+)
 def test_inplace_modules_with_a_later_reader(what):
     model = Lambda(lambda m, x: _two(m, x + 0.25), part=what(inplace=True))
     expected = model(X2)
@@ -276,7 +280,7 @@ def test_padding_modes(mode, dims, stride):
     model = Lambda(lambda m, v: m.c(v), c=cls(4, 6, 3, padding=1, padding_mode=mode, stride=stride))
     module = canonical(model, x)
     same(module(x), model(x))
-    assert op_names(module) == (["conv%dd" % dims] if mode == "zeros" else ["pad", "conv%dd" % dims])
+    assert op_names(module) == ([f"conv{dims}d"] if mode == "zeros" else ["pad", f"conv{dims}d"])
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
@@ -423,7 +427,8 @@ def test_origins_name_the_modules_around():
 
 
 def test_twice_is_once():
-    model = Two(lambda m, x, y: F.relu(m.c(x), inplace=True) + m.d(y).view(-1)[0], c=conv(4, 4), d=nn.SELU(inplace=True))
+    selu = nn.SELU(inplace=True)
+    model = Two(lambda m, x, y: F.relu(m.c(x), inplace=True) + m.d(y).view(-1)[0], c=conv(4, 4), d=selu)
     module = canonical(model, X2, X2)
     text = graph_text(module)
     assert run(Canonicalize(OPS), module) == 0

@@ -1,0 +1,57 @@
+"""Shapes and dtypes from the example inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fxq.passes.record_facts import RecordFacts
+from models_for_tests import Lambda, before, canonical, conv, graph_text, run
+from torch import nn
+
+from fxq.errors import InputError
+
+X = torch.randn(2, 3, 8, 8)
+
+
+def test_facts_of_tensors_and_containers():
+    def forward(m, x):
+        a, b = m.c(x).chunk(2, 1)
+        return {"long": a.long(), "size": x.shape[0], "b": b}
+
+    module, step = before(RecordFacts, Lambda(forward, c=conv(3, 4)), X)
+    text = graph_text(module)
+    assert run(step, module) > 0
+    facts, containers = module.plan.facts, module.plan.containers
+    assert facts["c"].shape == (2, 4, 8, 8) and facts["c"].is_float32
+    assert facts["long"].dtype == torch.int64 and not facts["long"].is_float32
+    assert containers == {"chunk", "output"} or containers == {"chunk"}
+    assert "getattr_1" not in facts and facts["c_weight"].shape == (4, 3, 3, 3)
+    before_again = dict(facts)
+    run(step, module)
+    assert facts == before_again and graph_text(module) == text
+
+
+def test_inputs_by_keyword_and_left_out():
+    class Model(nn.Module):
+        def forward(self, x, y=None, *, z=2.0):
+            return x * z if y is None else x + y
+
+    module = canonical(Model().eval(), X, y=X)
+    run(RecordFacts((X,), {"y": X}), module)
+    assert module.plan.facts["y"].shape == (2, 3, 8, 8)
+    module = canonical(Model().eval(), X)
+    run(RecordFacts((X,), {}), module)
+    assert module.plan.facts["mul" if "mul" in module.plan.facts else "x"].shape == (2, 3, 8, 8)
+
+
+def test_a_model_that_fails_on_the_example_names_the_node():
+    module = canonical(Lambda(lambda m, x: m.block(x), block=nn.Sequential(conv(4, 4))), X)
+    with pytest.raises(InputError, match=r"example inputs at node 'block_0' \(module 'block\.0'\)"):
+        run(RecordFacts((X,), {}), module)
+
+
+def test_no_gradients_are_recorded():
+    module, step = before(RecordFacts, Lambda(lambda m, x: m.c(x), c=conv(3, 4)), X)
+    torch.set_grad_enabled(True)
+    run(step, module)
+    assert torch.is_grad_enabled()
