@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch.fx import Node
@@ -17,6 +18,7 @@ from fxq.ops import (
     MATMUL,
     MEAN,
     PAD,
+    PRELU,
 )
 from fxq.plan import Reason, TensorFact
 
@@ -95,6 +97,14 @@ def same_shape(node: Node, facts: Facts) -> Reason | None:
 
 def dims_given(node: Node, facts: Facts) -> Reason | None:
     return None if MEAN.get(node, "dim") is not None else Reason("options", "the mean over all values stays float")
+
+
+def one_slope(node: Node, facts: Facts) -> Reason | None:
+    slope = PRELU.get(node, "weight")
+    fact = facts.get(slope.name) if isinstance(slope, Node) and slope.op == "get_attr" else None
+    if fact is not None and math.prod(fact.shape) == 1:
+        return None
+    return Reason("wrong-kernel", "torch's int8 prelu rounds a slope a channel to 8 bits, several integers off")
 
 
 def zero_padding(node: Node, facts: Facts) -> Reason | None:

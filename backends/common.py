@@ -135,7 +135,7 @@ ACTIVATIONS = (
     OpRow("hardswish", ops.HARDSWISH, WithOutput("hardswish")),
     OpRow("leaky_relu", ops.LEAKY_RELU, WithOutput("leaky_relu", ("negative_slope", "inplace"))),
     OpRow("elu", ops.ELU, WithOutput("elu", ("alpha",), qparams_after=0)),
-    OpRow("prelu", ops.PRELU, Prelu()),
+    OpRow("prelu", ops.PRELU, Prelu(), check=checks.one_slope),
     OpRow("softmax", ops.SOFTMAX, WithOutput("softmax", ("dim",))),
 )
 

@@ -211,23 +211,16 @@ class Concatenate:
 
 @dataclass(frozen=True)
 class Prelu:
-    """One slope: ``quantized::leaky_relu``. One a channel: ``quantized::prelu`` on 8-bit slopes.
+    """One slope for all channels is ``quantized::leaky_relu``.
 
-    ``quantized::prelu`` multiplies positive values by a quantized 1.0, so it is wrong unless the slopes' range
-    contains 1.0.
+    ``quantized::prelu`` is of no use: it rounds the slopes to 8 bits, which puts small ones several integers off,
+    and multiplies positive values by a quantized 1.0, so it is wrong where the slopes' range has no 1.0.
     """
 
-    kernel: str = "quantized::prelu"
+    kernel: str = "quantized::leaky_relu"
 
     def __call__(self, e: Emission) -> Node:
-        slopes = e.tensor("weight")
-        assert slopes is not None
-        if slopes.numel() == 1:
-            target = torch.ops.quantized.leaky_relu
-            return e.call(target, e.input("input"), slopes.item(), False, e.out.scale, e.out.zero_point)
-        low, high = min(slopes.min().item(), 0.0), max(slopes.max().item(), 1.0)
-        scale = (high - low) / 255
-        weight = torch.quantize_per_tensor(slopes.float(), scale, round(-low / scale), torch.quint8)
-        return e.call(
-            torch.ops.quantized.prelu, e.input("input"), e.constant("slopes", weight), e.out.scale, e.out.zero_point
-        )
+        slope = e.tensor("weight")
+        assert slope is not None
+        target = torch.ops.quantized.leaky_relu
+        return e.call(target, e.input("input"), slope.item(), False, e.out.scale, e.out.zero_point)

@@ -338,6 +338,8 @@ class Lowering:
         self.plan.origins[node.name] = self.old.origin(source)
         if source in self.old.facts:
             self.plan.facts[node.name] = self.old.facts[source]
+        if source in self.old.macs and decision.row not in ("quantize", "dequantize"):
+            self.plan.macs[node.name] = self.old.macs[source]
 
     def _describe_like(self, node: Node, made: Node, kernel: str) -> None:
         """Record a node that holds the values of ``node`` again; constants have no kernel of their own."""
@@ -351,6 +353,8 @@ class Lowering:
     def _copy_record(self, old: Node, new: Node) -> None:
         if old.name in self.old.facts:
             self.plan.facts[new.name] = self.old.facts[old.name]
+        if old.name in self.old.macs:
+            self.plan.macs[new.name] = self.old.macs[old.name]
         self.plan.origins[new.name] = self.old.origin(old.name)
         if new.op.startswith("call_"):
             decision = self.old.decisions.get(old.name)
