@@ -11,33 +11,21 @@ from torch import nn
 
 from fxq.backends import get_backend
 from fxq.calibration import ForwardFn, calibrate, forward_parameters, model_inputs
-from fxq.config import QConfig, QConfigMapping, ResolvedConfig
+from fxq.config import QConfig, QConfigMapping
 from fxq.engine import require_engine
 from fxq.errors import CalibrationError, FxqWarning, StageError
-from fxq.graph_module import QuantModule, copy_module, plan_of
+from fxq.graph_module import QuantModule, copy_module
 from fxq.op_table import Backend
-from fxq.ops import Dictionary
+from fxq.partition import map_regions, partition_of, regions_of
 from fxq.pass_base import Pipeline
 from fxq.passes.absorb_clamp import AbsorbClamp
-from fxq.passes.annotate import Annotate
-from fxq.passes.canonicalize import Canonicalize
-from fxq.passes.drop_identity import DropIdentity
-from fxq.passes.drop_islands import DropIslands
-from fxq.passes.expose_projections import ExposeProjections
-from fxq.passes.float_exits import FloatExits
-from fxq.passes.fold_batchnorm import FoldBatchNorm
-from fxq.passes.fold_constants import FoldConstants
-from fxq.passes.insert_observers import InsertObservers
 from fxq.passes.lower import lower as lower_graph
-from fxq.passes.record_facts import RecordFacts
-from fxq.passes.rewrite_scalars import RewriteScalars
-from fxq.passes.share_qparams import ShareQParams
 from fxq.passes.simplify_qdq import SimplifyQDQ
 from fxq.passes.to_reference import ToReference
-from fxq.plan import NEVER_OBSERVED, QuantPlan, Stage
-from fxq.tracing import require_eval, trace
+from fxq.plan import NEVER_OBSERVED, Stage
+from fxq.preparation import BACKEND, prepare_model
+from fxq.tracing import require_eval
 
-BACKEND = "fxq_backend"  # where a module's meta keeps the table it was prepared for
 Exclusions = Iterable[str | type[nn.Module]] | str | type[nn.Module]
 
 
@@ -52,7 +40,7 @@ def quantize(
     num_batches: int | None = None,
     forward_fn: ForwardFn | None = None,
     progress: bool | None = None,
-) -> QuantModule:
+) -> nn.Module:
     """Quantize an unmodified model to int8 in one call.
 
     Args:
@@ -69,7 +57,8 @@ def quantize(
         progress: show a progress bar; by default only on a terminal.
 
     Returns:
-        A ``torch.fx.GraphModule`` that is called like the model.
+        A ``torch.fx.GraphModule`` that is called like the model. Where the model cannot be traced as a whole, a
+        copy of it in which its largest traceable submodules are such graph modules.
 
     Raises:
         FxqError: one of its kinds, naming what is wrong and the remedy.
@@ -114,7 +103,7 @@ def prepare(
     backend: str | Backend = "x86",
     qconfig: QConfig | QConfigMapping | str = "per_channel",
     exclude: Exclusions = (),
-) -> QuantModule:
+) -> nn.Module:
     """Trace, fold, fuse, and put observers on the edges; the result is called like the model to calibrate it.
 
     Args:
@@ -150,58 +139,17 @@ def _prepare(
     backend: str | Backend,
     qconfig: QConfig | QConfigMapping | str,
     exclude: Exclusions,
-) -> QuantModule:
-    if isinstance(model, QuantModule) and "fxq" in model.meta:
-        raise StageError(f"this model is already {model.plan.stage.value}; prepare takes the float model")
+) -> nn.Module:
+    if partition_of(model) is not None or any("fxq" in getattr(m, "meta", {}) for m in model.modules()):
+        raise StageError("this model was already prepared or quantized by fxq; prepare takes the float model")
     require_eval(model)
     table = get_backend(backend) if isinstance(backend, str) else backend
     require_engine(table.engine)
-    config = _as_mapping(qconfig).resolved(table, exclude)
-    ops = table.dictionary
-    module, untraceable = trace(model, args, kwargs)
-    plan = QuantPlan(table.name, notes=list(table.notes), model=type(model).__name__, untraceable=untraceable)
-    module.meta["fxq"] = plan
-    module.meta[BACKEND] = table
-    Pipeline([Canonicalize(ops)])(module)
-    _check_names(config, module, ops)
-    Pipeline(prepare_passes(table, config, args, kwargs))(module)
-    plan.stage = Stage.PREPARED
-    return module
+    mapping = qconfig if isinstance(qconfig, QConfigMapping) else QConfigMapping().set_global(qconfig)
+    return prepare_model(model, (args, kwargs), table, mapping.resolved(table, exclude))
 
 
-def prepare_passes(
-    table: Backend, config: ResolvedConfig, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[Any]:
-    """What happens between the canonical graph and the prepared one, in order."""
-    ops = table.dictionary
-    return [
-        ExposeProjections(config),
-        DropIdentity(ops),
-        FoldConstants(ops),
-        RecordFacts(args, kwargs),
-        FoldBatchNorm(ops),
-        RewriteScalars(ops),
-        Annotate(table, config, ops),
-        FloatExits(table),
-        DropIslands(table),
-        ShareQParams(table, ops),
-        InsertObservers(table),
-    ]
-
-
-def _as_mapping(qconfig: QConfig | QConfigMapping | str) -> QConfigMapping:
-    return qconfig if isinstance(qconfig, QConfigMapping) else QConfigMapping().set_global(qconfig)
-
-
-def _check_names(config: ResolvedConfig, module: QuantModule, ops: Dictionary) -> None:
-    known = []
-    for node in module.graph.nodes:
-        op = ops.op_of(node)
-        known.append((module.plan.origin(node.name), op.name if op else ""))
-    config.check_names(known)
-
-
-def convert_to_reference(prepared: nn.Module) -> QuantModule:
+def convert_to_reference(prepared: nn.Module) -> nn.Module:
     """The calibrated model as a graph of quantize/dequantize pairs on plain integers, with float ops between.
 
     It runs anywhere float torch runs, exports, and defines the numbers that every lowering is judged against.
@@ -213,28 +161,37 @@ def convert_to_reference(prepared: nn.Module) -> QuantModule:
         StageError: if the model was not prepared.
         CalibrationError: if no observer saw any data.
     """
-    plan_of(prepared, Stage.PREPARED)
-    assert isinstance(prepared, QuantModule)
+    regions_of(prepared, Stage.PREPARED)
+    reference = map_regions(prepared, _region_to_reference)
+    _warn_never_observed(reference)
+    return reference
+
+
+def _region_to_reference(prepared: QuantModule) -> QuantModule:
     table: Backend = prepared.meta[BACKEND]
     reference = copy_module(prepared)
     Pipeline([ToReference(table, table.dictionary), AbsorbClamp(table.dictionary), SimplifyQDQ()])(reference)
     reference.plan.stage = Stage.REFERENCE
-    _warn_never_observed(reference.plan)
     return reference
 
 
-def _warn_never_observed(plan: QuantPlan) -> None:
-    names = [name for name, decision in plan.decisions.items() if decision.reason is NEVER_OBSERVED]
-    if names:
+def _warn_never_observed(reference: nn.Module) -> None:
+    silent = [
+        region.plan.where(name)
+        for region in regions_of(reference).values()
+        for name, decision in region.plan.decisions.items()
+        if decision.reason is NEVER_OBSERVED
+    ]
+    if silent:
         warnings.warn(
-            f"{', '.join(plan.where(name) for name in names[:5])}{' and others' if len(names) > 5 else ''} saw no data "
-            f"while calibrating and stays float; calibrate with inputs that reach it, or exclude it",
+            f"{', '.join(silent[:5])}{' and others' if len(silent) > 5 else ''} saw no data while calibrating and "
+            f"stays float; calibrate with inputs that reach it, or exclude it",
             FxqWarning,
             stacklevel=3,
         )
 
 
-def convert(prepared: nn.Module) -> QuantModule:
+def convert(prepared: nn.Module) -> nn.Module:
     """The calibrated model with the packed int8 kernels of its backend.
 
     Args:
@@ -243,11 +200,10 @@ def convert(prepared: nn.Module) -> QuantModule:
     Raises:
         StageError, CalibrationError: as :func:`convert_to_reference`.
     """
-    reference = convert_to_reference(prepared)
-    return lower_graph(reference, reference.meta[BACKEND])
+    return map_regions(convert_to_reference(prepared), lambda region: lower_graph(region, region.meta[BACKEND]))
 
 
-def lower(reference: nn.Module, backend: str | Backend) -> QuantModule:
+def lower(reference: nn.Module, backend: str | Backend) -> nn.Module:
     """The packed model of a reference graph, for any backend.
 
     Args:
@@ -258,6 +214,6 @@ def lower(reference: nn.Module, backend: str | Backend) -> QuantModule:
         StageError: if ``reference`` is no reference graph.
         BackendError: for an unknown backend or an engine this torch lacks.
     """
-    plan_of(reference, Stage.REFERENCE)
-    assert isinstance(reference, QuantModule)
-    return lower_graph(reference, get_backend(backend) if isinstance(backend, str) else backend)
+    regions_of(reference, Stage.REFERENCE)
+    table = get_backend(backend) if isinstance(backend, str) else backend
+    return map_regions(reference, lambda region: lower_graph(region, table))

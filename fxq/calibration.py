@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fxq.errors import CalibrationError
-from fxq.graph_module import QuantModule, plan_of
+from fxq.partition import regions_of
 from fxq.plan import Stage
 
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -44,8 +44,7 @@ def calibrate(
     Example:
         >>> fxq.calibrate(prepared, [torch.rand(8, 3, 224, 224) for _ in range(4)])   # doctest: +SKIP
     """
-    plan_of(prepared, Stage.PREPARED)
-    assert isinstance(prepared, QuantModule)
+    regions_of(prepared, Stage.PREPARED)
     parameters = forward_parameters(prepared)
     show = sys.stderr.isatty() if progress is None else progress
     batches = tqdm(itertools.islice(data, num_batches), "calibrate", _length(data, num_batches), disable=not show)

@@ -11,7 +11,11 @@ class FxqError(Exception):
 
 
 class TraceError(FxqError):
-    """Nothing of the model could be traced with ``torch.fx``."""
+    """Nothing of the model could be traced with ``torch.fx``; ``statement`` is what blocks, with file and line."""
+
+    def __init__(self, message: str, statement: str = "") -> None:
+        super().__init__(message)
+        self.statement = statement or message
 
 
 class ConfigError(FxqError):

@@ -187,6 +187,8 @@ def encode_plan(plan: QuantPlan) -> dict[str, Any]:
         "containers": sorted(plan.containers),
         "fusions": [dataclasses.astuple(fusion) for fusion in plan.fusions],
         "notes": plan.notes,
+        "macs": plan.macs,
+        "attributes": _encode(plan.attributes, "(attributes)"),
         "weight_bytes": list(plan.weight_bytes),
         "untraceable": plan.untraceable,
     }
@@ -219,6 +221,8 @@ def decode_plan(record: dict[str, Any]) -> QuantPlan:
         containers=set(record["containers"]),
         fusions=[Fusion(*parts) for parts in record["fusions"]],
         notes=list(record["notes"]),
+        macs=dict(record["macs"]),
+        attributes=_decode(record["attributes"], {}),
         weight_bytes=(record["weight_bytes"][0], record["weight_bytes"][1]),
         untraceable=dict(record["untraceable"]),
     )

@@ -23,6 +23,15 @@ class QuantModule(fx.GraphModule):
             raise StageError("this graph module has no quantization plan; make one with fxq.prepare")
         return plan
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            plan = self.__dict__.get("meta", {}).get("fxq")
+            if plan is None or name not in plan.attributes:
+                raise
+            return plan.attributes[name]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         lowered = "fxq" in self.meta and self.plan.stage is Stage.LOWERED
         try:

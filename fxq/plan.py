@@ -10,7 +10,7 @@ import enum
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph
@@ -169,7 +169,9 @@ class QuantPlan:
         kernels: for lowered graphs, how each node runs.
         fusions: log for the fusion table.
         notes: what the summary says about choices that hold for the whole model.
+        macs: multiply-accumulates of each conv, linear and float module with the example inputs.
         model: class name of the user's model.
+        attributes: plain attributes of the user's module, which code around it may read.
         weight_bytes: bytes of the quantized weights as float32 and as integers with their qparams.
         untraceable: reason for each float leaf module that could not be traced.
     """
@@ -189,7 +191,9 @@ class QuantPlan:
     kernels: dict[str, Kernel] = field(default_factory=dict)
     fusions: list[Fusion] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    macs: dict[str, int] = field(default_factory=dict)
     model: str = ""
+    attributes: dict[str, Any] = field(default_factory=dict)
     weight_bytes: tuple[int, int] = (0, 0)
     untraceable: dict[str, str] = field(default_factory=dict)
 
@@ -215,9 +219,17 @@ class QuantPlan:
         self.specs = {slot: spec for slot, spec in self.specs.items() if slot.node not in names}
         self.groups = {slot: group for slot, group in self.groups.items() if slot.node not in names}
 
+    def blocked_macs(self) -> dict[str, int]:
+        """Multiply-accumulates inside modules that could not be traced, by node."""
+        return {
+            name: macs
+            for name, macs in self.macs.items()
+            if macs and name in self.decisions and self.decisions[name].reason is UNTRACEABLE
+        }
+
     def forget(self, name: str) -> None:
         """Drop what is known of a node that a pass erased."""
-        for table in (self.decisions, self.origins, self.facts, self.kernels):
+        for table in (self.decisions, self.origins, self.facts, self.kernels, self.macs):
             table.pop(name, None)
 
     def check(self, graph: Graph) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
-from fxq.graph_module import QuantModule, plan_of
+from fxq.graph_module import QuantModule
 from fxq.observers import Observer
+from fxq.partition import regions_of
 from fxq.plan import Decision, QuantPlan, Region, Slot, Stage, Status
 
 _TYPES = {Status.QUANTIZED: "int8", Status.SHARED: "int8", Status.SHAPE_ONLY: "shape", Status.FLOAT: "float"}
@@ -19,7 +20,8 @@ def graph_records(model: nn.Module) -> list[dict[str, Any]]:
 
     Returns:
         Dicts with the keys ``node``, ``op``, ``type`` (``"int8"``, ``"float"``, ``"shape"``), ``kernel``, ``scale``,
-        ``zero_point``, ``shape``, ``reason`` (why it is float), ``module`` (path in the model) and ``inputs``.
+        ``zero_point``, ``shape``, ``macs`` (multiply-accumulates), ``reason`` (why it is float), ``module`` (path in the model), ``inputs`` and
+        ``region`` (path of the traced part, ``""`` for a model traced as a whole).
 
     Raises:
         StageError: if the model was not made by fxq.
@@ -27,12 +29,15 @@ def graph_records(model: nn.Module) -> list[dict[str, Any]]:
     Example:
         >>> [r["node"] for r in fxq.graph_records(qmodel) if r["type"] == "float"]    # doctest: +SKIP
     """
-    plan = plan_of(model)
-    assert isinstance(model, QuantModule)
+    return [record for path, region in regions_of(model).items() for record in _region_records(path, region)]
+
+
+def _region_records(path: str, model: QuantModule) -> list[dict[str, Any]]:
+    plan = model.plan
     hidden = set(plan.observer_nodes(model.graph))
     regions = {region.nodes[0]: region for region in plan.regions}
     return [
-        _record(node, model, plan, regions.get(node.name))
+        {"region": path} | _record(node, model, plan, regions.get(node.name))
         for node in model.graph.nodes
         if node.op.startswith("call_") and node.name not in hidden
     ]
@@ -54,6 +59,7 @@ def _record(node: Node, model: QuantModule, plan: QuantPlan, region: Region | No
         "scale": scale,
         "zero_point": zero_point,
         "shape": fact.shape if fact else None,
+        "macs": plan.macs.get(node.name, 0),
         "reason": reason,
         "module": plan.origin(node.name).module_path,
         "inputs": [producer.name for producer in node.all_input_nodes if producer.op != "get_attr"],
@@ -101,14 +107,18 @@ def observer_records(prepared: nn.Module) -> list[dict[str, Any]]:
 
     Returns:
         Dicts with the keys ``observer``, ``watches`` (nodes whose values it sees), ``spec``, ``batches``, ``min``,
-        ``max``, ``scale``, ``zero_point`` (lists for per-channel weights, ``None`` before any data) and
-        ``shared_by`` (other nodes that will have its scale and zero_point).
+        ``max``, ``scale``, ``zero_point`` (lists for per-channel weights, ``None`` before any data), ``shared_by``
+        (other nodes that will have its scale and zero_point) and ``region``.
 
     Raises:
         StageError: if the model is not prepared.
     """
-    plan = plan_of(prepared, Stage.PREPARED)
-    assert isinstance(prepared, QuantModule)
+    regions = regions_of(prepared, Stage.PREPARED)
+    return [record for path, region in regions.items() for record in _region_observer_records(path, region)]
+
+
+def _region_observer_records(region: str, prepared: QuantModule) -> list[dict[str, Any]]:
+    plan = prepared.plan
     watched: dict[str, list[str]] = {}
     for node in prepared.graph.nodes:
         if node.op == "call_module" and node.target in plan.observers.values():
@@ -117,7 +127,7 @@ def observer_records(prepared: nn.Module) -> list[dict[str, Any]]:
     for slot, group in plan.groups.items():
         members.setdefault(group, []).append(slot.node)
     return [
-        _observer_record(prepared, path, watched.get(path, []), members.get(group, []))
+        {"region": region} | _observer_record(prepared, path, watched.get(path, []), members.get(group, []))
         for group, path in plan.observers.items()
     ]
 

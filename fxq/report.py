@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tabulate import tabulate
@@ -10,8 +11,9 @@ from torch import nn
 
 from fxq.backends import BACKENDS, get_backend
 from fxq.engine import available_engines
-from fxq.graph_module import plan_of
+from fxq.graph_module import QuantModule
 from fxq.op_table import Fixed, OpRow, Weights
+from fxq.partition import Partition, partition_of, regions_of
 from fxq.plan import Stage
 from fxq.records import graph_records, observer_records
 
@@ -33,30 +35,44 @@ def summary(model: nn.Module) -> str:
     Example:
         >>> print(fxq.summary(qmodel))                                                # doctest: +SKIP
     """
-    plan = plan_of(model)
+    regions = regions_of(model)
+    plan = next(iter(regions.values())).plan
+    partition = partition_of(model)
     records = graph_records(model)
     conversions = Counter(record["kernel"] for record in records)
     operations = [r for r in records if r["op"] not in ("quantize", "dequantize") and r["type"] != "shape"]
     heavy = [r for r in operations if _is_heavy(r)]
     rows: list[list[Any]] = [
-        ["model", plan.model],
+        ["model", type(model).__name__ if partition else plan.model],
         ["stage", plan.stage.value],
         ["backend", plan.backend],
         ["operations in int8", _share(operations)],
         ["convs and linears in int8", _share(heavy)],
+        ["multiply-accumulates in int8", _share_of_macs(records, partition.left_macs if partition else 0)],
     ]
     if plan.stage is Stage.LOWERED:
         quantizes = sum(count for name, count in conversions.items() if name.startswith("quantize_per_tensor"))
         rows.append(["quantize / dequantize nodes", f"{quantizes} / {conversions['dequantize']}"])
-    if plan.weight_bytes != (0, 0):
-        before, after = (size / 2**20 for size in plan.weight_bytes)
+    if partition is not None:
+        rows.insert(1, ["regions", f"{len(regions)}: the model cannot be traced as a whole, these parts of it can"])
+    before, after = (sum(region.plan.weight_bytes[i] / 2**20 for region in regions.values()) for i in (0, 1))
+    if before:
         rows.append(["quantized weights", f"{before:.2f} MiB float -> {after:.2f} MiB int8"])
     rows += [["note", note] for note in plan.notes]
     text = tabulate(rows, tablefmt="plain", maxcolwidths=[None, 85])
     reasons = Counter(r["reason"].partition(":")[0] for r in operations if r["type"] == "float")
     if reasons:
         text += "\n\n" + _table([[n, why] for why, n in reasons.most_common()], ["float nodes", "reason"], [None, 90])
+    if partition is not None:
+        text += "\n\n" + _partition_table(regions, partition)
     return text
+
+
+def _partition_table(regions: Mapping[str, QuantModule], partition: Partition) -> str:
+    rows = [[path, region.plan.model, "int8 region", ""] for path, region in regions.items()]
+    rows += [[path, "", "float", why] for path, why in partition.left.items()]
+    rows.append(["(the model)", "", "as it was", partition.reason])
+    return _table(rows, ["module", "type", "became", "because"], [30, 24, None, 50])
 
 
 def _is_heavy(record: dict[str, Any]) -> bool:
@@ -68,12 +84,32 @@ def _share(records: list[dict[str, Any]]) -> str:
     return f"{int8} of {len(records)}"
 
 
+def _share_of_macs(records: list[dict[str, Any]], left: int) -> str:
+    total = left + sum(record["macs"] for record in records)
+    int8 = sum(record["macs"] for record in records if record["type"] == "int8")
+    return f"{100 * int8 / total:.1f}% of {total / 1e6:.4g} million" if total else "none"
+
+
 def graph_table(model: nn.Module) -> str:
     """Every call node in order: op, int8 or float, kernel or the reason for float, scale, zero_point, shape.
 
     Args:
         model: prepared, reference or lowered.
     """
+    return _by_region(graph_records(model), _graph_table)
+
+
+def _by_region(records: list[dict[str, Any]], table: Callable[[list[dict[str, Any]]], str]) -> str:
+    """One table; for a model of several regions one a region, under its path."""
+    regions: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        regions.setdefault(record["region"], []).append(record)
+    if len(regions) < 2 and "" in regions:
+        return table(records)
+    return "\n\n".join(f"region {path}\n\n{table(part)}" for path, part in regions.items())
+
+
+def _graph_table(records: list[dict[str, Any]]) -> str:
     rows = [
         [
             record["node"],
@@ -84,7 +120,7 @@ def graph_table(model: nn.Module) -> str:
             "" if record["zero_point"] is None else record["zero_point"],
             "x".join(map(str, record["shape"])) if record["shape"] else "",
         ]
-        for record in graph_records(model)
+        for record in records
     ]
     headers = ["node", "op", "type", "kernel, or why float", "scale", "zp", "shape"]
     return _table(rows, headers, [24, 18, None, 31, None, None, 17])
@@ -100,6 +136,10 @@ def observer_table(prepared: nn.Module) -> str:
     Raises:
         StageError: if the model is not prepared.
     """
+    return _by_region(observer_records(prepared), _observer_table)
+
+
+def _observer_table(records: list[dict[str, Any]]) -> str:
     rows = [
         [
             ", ".join(record["watches"]),
@@ -111,7 +151,7 @@ def observer_table(prepared: nn.Module) -> str:
             _range(record["zero_point"]),
             _some(record["shared_by"]),
         ]
-        for record in observer_records(prepared)
+        for record in records
     ]
     headers = ["watches", "spec", "batches", "min", "max", "scale", "zp", "shared by"]
     return _table(rows, headers, [21, 18, None, None, None, None, None, 21])
@@ -138,7 +178,7 @@ def fusion_table(model: nn.Module) -> str:
     Args:
         model: prepared, reference or lowered.
     """
-    rows = [[f.action, f.what, f.into, f.detail] for f in plan_of(model).fusions]
+    rows = [[f.action, f.what, f.into, f.detail] for region in regions_of(model).values() for f in region.plan.fusions]
     return _table(rows, ["action", "what", "into", "how"], [None, 36, 36, 36])
 
 

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxq.api import BACKEND, lower
+from fxq.api import lower
 from fxq.backends import get_backend
-from fxq.errors import FileFormatError
+from fxq.errors import FileFormatError, FxqError
 from fxq.graph_json import decode_graph, decode_plan, encode_graph, encode_plan
 from fxq.graph_module import QuantModule, get_attribute, plan_of, set_tensor
+from fxq.partition import partition_of
 from fxq.plan import Stage
+from fxq.preparation import BACKEND
 
 _MAGIC = b"FXQ\x00"
 _VERSION = 1
@@ -43,6 +45,8 @@ def save(reference: nn.Module, path: str | Path) -> None:
         >>> fxq.save(fxq.convert_to_reference(prepared), "model.fxq")                 # doctest: +SKIP
         >>> qmodel = fxq.load("model.fxq")                                            # doctest: +SKIP
     """
+    if partition_of(reference) is not None:
+        raise FxqError("a model quantized in regions needs its own code; save its state with torch instead")
     plan = plan_of(reference, Stage.REFERENCE)
     assert isinstance(reference, QuantModule)
     paths = {str(node.target) for node in reference.graph.nodes if node.op == "get_attr"}
@@ -79,7 +83,7 @@ def load_reference(path: str | Path) -> QuantModule:
     return module
 
 
-def load(path: str | Path, backend: str | None = None) -> QuantModule:
+def load(path: str | Path, backend: str | None = None) -> nn.Module:
     """A lowered model from a file, packed for this machine.
 
     Args:

@@ -7,7 +7,6 @@ their place, so exactly the innermost module that cannot be traced is left out.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import operator
 import os
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxq.copying import copy_container, copy_structure, copy_tensor
 from fxq.errors import StageError, TraceError
 from fxq.graph_module import QuantModule, get_attribute, set_tensor
 
@@ -77,7 +77,8 @@ def blocking_statement(error: BaseException) -> str:
     """One line: the error, and the file, line and statement of the model's code that raised it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_machinery(f.filename)]
     where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{where}"
+    message = str(error).partition("\n")[0].partition(". ")[0]
+    return f"{type(error).__name__}: {message}{where}"
 
 
 _TORCH_FOLDER = os.path.dirname(inspect.getfile(torch)) + os.sep
@@ -107,11 +108,13 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         try:
             graph = tracer.trace(model, concrete_args=_absent_arguments(model, args, kwargs))
         except Exception as error:
+            statement = blocking_statement(error)
             raise TraceError(
-                f"the forward of {type(model).__name__} cannot be traced with torch.fx: {blocking_statement(error)}. "
+                f"the forward of {type(model).__name__} cannot be traced with torch.fx: {statement}. "
                 f"Quantize the submodules that do the work instead, e.g. model.backbone = fxq.quantize("
                 f"model.backbone, ...), or move the data-dependent statement into a submodule of its own, which then "
-                f"stays float"
+                f"stays float",
+                statement,
             ) from error
         _restore_defaults(graph, model)
         module = QuantModule(model, graph, type(model).__name__)
@@ -129,9 +132,9 @@ def _left_as_it_is(model: nn.Module) -> Iterator[None]:
     before = [(module, dict(vars(module))) for module in model.modules()]
     copies: dict[int, Any] = {}
     for module, _ in before:
-        module.__dict__.update({name: _copy_container(value) for name, value in vars(module).items()})
+        module.__dict__.update({name: copy_container(value) for name, value in vars(module).items()})
         module.__dict__["_buffers"] = {
-            name: t if t is None else _copy_tensor(t, copies) for name, t in module._buffers.items()
+            name: t if t is None else copy_tensor(t, copies) for name, t in module._buffers.items()
         }
     try:
         yield
@@ -139,10 +142,6 @@ def _left_as_it_is(model: nn.Module) -> Iterator[None]:
         for module, attributes in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-
-
-def _copy_container(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
 
 
 def require_eval(model: nn.Module) -> None:
@@ -186,38 +185,8 @@ def _independent_copy(root: nn.Module, graph: fx.Graph) -> None:
     leaves = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     for path in sorted(leaves, key=len):  # a leaf before what is inside it: only the copy's insides may be replaced
         parent, _, name = path.rpartition(".")
-        setattr(root.get_submodule(parent), name, _copy_structure(root.get_submodule(path), memo))
+        setattr(root.get_submodule(parent), name, copy_structure(root.get_submodule(path), memo))
     for path in {str(node.target) for node in graph.nodes if node.op == "get_attr"}:
         value = get_attribute(root, path)
         if isinstance(value, torch.Tensor):
-            set_tensor(root, path, _copy_tensor(value, memo))
-
-
-def _copy_structure(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    if id(module) in memo:
-        return memo[id(module)]  # type: ignore[no-any-return]
-    clone = object.__new__(type(module))  # copy.copy would refuse parametrized modules
-    memo[id(module)] = memo[id(clone)] = clone
-    clone.__dict__ = {name: _copy_attribute(value, memo) for name, value in vars(module).items()}
-    for table in ("_parameters", "_buffers"):
-        tensors = {name: t if t is None else _copy_tensor(t, memo) for name, t in getattr(module, table).items()}
-        clone.__dict__[table] = tensors
-    clone.__dict__["_modules"] = {
-        name: child if child is None else _copy_structure(child, memo) for name, child in module._modules.items()
-    }
-    return clone
-
-
-def _copy_attribute(value: Any, memo: dict[int, Any]) -> Any:
-    """Containers are copied, and tensors in lists, as recurrent layers keep them."""
-    if isinstance(value, list):
-        return [_copy_tensor(item, memo) if isinstance(item, torch.Tensor) else item for item in value]
-    return _copy_container(value)
-
-
-def _copy_tensor(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
-    if id(tensor) not in memo:
-        clone = tensor.detach().clone()
-        memo[id(tensor)] = nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
-        memo[id(memo[id(tensor)])] = memo[id(tensor)]  # already a copy when met again
-    return memo[id(tensor)]  # type: ignore[no-any-return]
+            set_tensor(root, path, copy_tensor(value, memo))

@@ -1,4 +1,4 @@
-"""Run the graph once on the example inputs and record each tensor's shape and dtype."""
+"""Run the graph once on the example inputs and record each tensor's shape and dtype, and each layer's work."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch.fx import Interpreter, Node
 
 from fxq.errors import InputError
 from fxq.graph_module import QuantModule
+from fxq.macs import counting, node_macs
+from fxq.ops import Dictionary
 from fxq.pass_base import Pass
 from fxq.plan import QuantPlan, TensorFact
 
@@ -20,13 +22,14 @@ class RecordFacts(Pass):
     requires = frozenset({"canonical"})
     ensures = frozenset({"facts"})
 
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], ops: Dictionary) -> None:
+        self.args, self.kwargs, self.ops = args, kwargs, ops
 
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
         plan.facts.clear()
         plan.containers.clear()
-        recorder = _Recorder(module, plan)
+        plan.macs.clear()
+        recorder = _Recorder(module, plan, self.ops)
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         values = list(self.args)
         for node in placeholders[len(values) :]:
@@ -46,20 +49,33 @@ class RecordFacts(Pass):
 
 
 class _Recorder(Interpreter):
-    def __init__(self, module: QuantModule, plan: QuantPlan) -> None:
+    def __init__(self, module: QuantModule, plan: QuantPlan, ops: Dictionary) -> None:
         super().__init__(module)
         self.extra_traceback = False
-        self.plan = plan
+        self.plan, self.ops = plan, ops
         self.current = ""
 
     def run_node(self, n: Node) -> Any:
         self.current = n.name
         value = super().run_node(n)
+        self._record_macs(n, value)
         if isinstance(value, torch.Tensor):
             self.plan.facts[n.name] = TensorFact(tuple(value.shape), value.dtype)
         elif _holds_tensors(value):
             self.plan.containers.add(n.name)
         return value
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with counting(self.fetch_attr(target)) as macs:
+            value = super().call_module(target, args, kwargs)
+        self.plan.macs[self.current] = sum(macs.values())
+        return value
+
+    def _record_macs(self, node: Node, value: Any) -> None:
+        op = self.ops.op_of(node)
+        if op is not None and op.weight is not None:
+            args, _ = self.fetch_args_kwargs_from_env(node)
+            self.plan.macs[node.name] = node_macs(op, args, value)
 
 
 def _holds_tensors(value: Any) -> bool:

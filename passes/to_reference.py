@@ -35,6 +35,8 @@ class ToReference(Pass):
         self.backend, self.ops = backend, ops
 
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
+        if "reference" in plan.properties:
+            return 0
         qparams = self._collect(module, plan)
         _remove_observers(module, plan)
         nodes = {node.name: node for node in module.graph.nodes}

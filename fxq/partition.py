@@ -1,0 +1,173 @@
+"""Models that cannot be traced as a whole: their largest traceable submodules are quantized in place.
+
+A detection model loops over images and boxes, but its backbone and heads are plain networks. Each of these
+becomes a *region*, a :class:`~fxq.graph_module.QuantModule` in the place of the submodule, in a copy of the model
+that is called like the original. Regions are prepared with the inputs they really get when the whole model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxq.copying import copy_structure
+from fxq.errors import FxqError, InputError, StageError, TraceError
+from fxq.graph_module import QuantModule
+from fxq.macs import counting
+from fxq.plan import Stage
+
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+PrepareRegion = Callable[[nn.Module, Inputs, str], QuantModule]
+
+_ATTRIBUTE = "_fxq_partition"
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What is known of a partitioned model.
+
+    Attributes:
+        reason: why it cannot be traced as a whole.
+        left: why other submodules with weights stay float.
+        left_macs: their multiply-accumulates with the example inputs.
+    """
+
+    reason: str
+    left: dict[str, str] = field(default_factory=dict)
+    left_macs: int = 0
+
+
+def partition_of(model: nn.Module) -> Partition | None:
+    """The partition of a model that was quantized in regions, else ``None``."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+def regions_of(model: nn.Module, *stages: Stage) -> dict[str, QuantModule]:
+    """The regions of a model by module path; a model that is one region is at path ``""``.
+
+    Raises:
+        StageError: if the model was not made by fxq or is at none of ``stages``.
+    """
+    if isinstance(model, QuantModule):
+        regions = {"": model}
+    elif partition_of(model) is not None:
+        regions = {path: module for path, module in model.named_modules() if isinstance(module, QuantModule)}
+    else:
+        raise StageError(
+            f"{type(model).__name__} was not made by fxq; start with fxq.prepare(model, example_inputs) "
+            f"or fxq.quantize(model, data)"
+        )
+    for region in regions.values():
+        if stages and region.plan.stage not in stages:
+            wanted = " or ".join(stage.value for stage in stages)
+            raise StageError(f"this model is {region.plan.stage.value}, but a {wanted} one is needed here")
+    return regions
+
+
+def map_regions(model: nn.Module, transform: Callable[[QuantModule], QuantModule]) -> nn.Module:
+    """A copy of a model with each region replaced by what ``transform`` makes of it."""
+    if isinstance(model, QuantModule):
+        return transform(model)
+    replaced: dict[int, Any] = {id(region): transform(region) for region in regions_of(model).values()}
+    return copy_structure(model, replaced)
+
+
+def prepare_partition(
+    model: nn.Module, inputs: Inputs, reason: TraceError, prepare_region: PrepareRegion
+) -> nn.Module:
+    """Prepare the largest traceable submodules of a model.
+
+    Args:
+        model: in eval mode; left as it is.
+        inputs: example inputs of the whole model.
+        reason: why the whole cannot be traced.
+        prepare_region: prepares one submodule from its inputs and path; TraceError sends the search inside it.
+
+    Raises:
+        TraceError: ``reason``, if no submodule with weights can be traced either.
+        InputError: if the model fails on the example inputs.
+    """
+    clone = copy_structure(model, {})
+    seen, macs = _first_inputs(clone, inputs)
+    left: dict[str, str] = {}
+    _prepare_children(clone, "", seen, left, prepare_region)
+    regions = [path for path, module in clone.named_modules() if isinstance(module, QuantModule)]
+    if not regions:
+        raise reason
+    inside = tuple(f"{path}." for path in regions)
+    left_macs = sum(count for path, count in macs.items() if not f"{path}.".startswith(inside))
+    clone.__dict__[_ATTRIBUTE] = Partition(reason.statement, left, left_macs)
+    return clone
+
+
+def _first_inputs(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Inputs], dict[str, int]]:
+    """The inputs of each submodule's first call when the model runs on its example inputs, and each layer's work."""
+    seen: dict[str, Inputs] = {}
+    handles = []
+    for path, module in model.named_modules():
+
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+            seen.setdefault(path, (args, kwargs))
+
+        handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
+    try:
+        with torch.no_grad(), counting(model) as macs:
+            model(*inputs[0], **inputs[1])
+    except FxqError:
+        raise
+    except Exception as error:
+        raise InputError(f"the model fails on the example inputs: {type(error).__name__}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, macs
+
+
+def _prepare_children(
+    module: nn.Module, path: str, seen: dict[str, Inputs], left: dict[str, str], prepare_region: PrepareRegion
+) -> int:
+    found = 0
+    for name, child in module.named_children():
+        child_path = f"{path}.{name}" if path else name
+        if not _has_weights(child):
+            continue
+        if child_path in seen:
+            try:
+                region = prepare_region(child, seen[child_path], child_path)
+            except TraceError as error:
+                left[child_path] = error.statement
+            else:
+                region.plan.attributes.update(_plain_attributes(child))
+                setattr(module, name, region)
+                found += 1
+                continue
+        inside = _prepare_children(child, child_path, seen, left, prepare_region)
+        if inside:
+            left.pop(child_path, None)  # its parts are regions
+        elif child_path not in seen and not any(p.startswith(f"{child_path}.") for p in seen):
+            left[child_path] = "the example inputs do not reach it"
+        found += inside
+    return found
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Numbers and names that the code around the submodule may read, such as ``out_channels``."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training" and _is_plain(value)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))

@@ -1,0 +1,100 @@
+"""From a float model to a prepared one: the passes in order, for a whole model or for each of its regions."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fxq.config import ResolvedConfig
+from fxq.errors import TraceError
+from fxq.graph_module import QuantModule
+from fxq.op_table import Backend
+from fxq.partition import Inputs, prepare_partition
+from fxq.pass_base import Pass, Pipeline
+from fxq.passes.annotate import Annotate
+from fxq.passes.canonicalize import Canonicalize
+from fxq.passes.drop_identity import DropIdentity
+from fxq.passes.drop_islands import DropIslands
+from fxq.passes.expose_projections import ExposeProjections
+from fxq.passes.float_exits import FloatExits
+from fxq.passes.fold_batchnorm import FoldBatchNorm
+from fxq.passes.fold_constants import FoldConstants
+from fxq.passes.insert_observers import InsertObservers
+from fxq.passes.record_facts import RecordFacts
+from fxq.passes.rewrite_scalars import RewriteScalars
+from fxq.passes.share_qparams import ShareQParams
+from fxq.plan import Origin, QuantPlan, Stage
+from fxq.tracing import trace
+
+BACKEND = "fxq_backend"  # where a module's meta keeps the table it was prepared for
+
+
+def prepare_passes(table: Backend, config: ResolvedConfig, inputs: Inputs) -> list[Pass]:
+    """What happens between the canonical graph and the prepared one, in order."""
+    ops = table.dictionary
+    return [
+        ExposeProjections(config),
+        DropIdentity(ops),
+        FoldConstants(ops),
+        RecordFacts(*inputs, ops),
+        FoldBatchNorm(ops),
+        RewriteScalars(ops),
+        Annotate(table, config, ops),
+        FloatExits(table),
+        DropIslands(table),
+        ShareQParams(table, ops),
+        InsertObservers(table),
+    ]
+
+
+def prepare_model(model: nn.Module, inputs: Inputs, table: Backend, config: ResolvedConfig) -> nn.Module:
+    """Prepare a model as one region; where it cannot be traced as a whole, its largest traceable submodules.
+
+    Raises:
+        TraceError: if nothing of it can be traced.
+        ConfigError: if a name in ``config`` matches nothing.
+    """
+    known: list[tuple[Origin, str]] = []
+
+    def region(module: nn.Module, its_inputs: Inputs, path: str) -> QuantModule:
+        prepared = _prepare_region(module, its_inputs, path, table, config, known)
+        blocked = prepared.plan.blocked_macs() if path else {}
+        if blocked:  # what is inside may be traceable piece by piece
+            raise TraceError(f"it calls '{next(iter(blocked))}', which cannot be traced")
+        return prepared
+
+    try:
+        prepared: nn.Module = region(model, inputs, "")
+    except TraceError as reason:
+        prepared = prepare_partition(model, inputs, reason, region)
+    config.check_names(known)
+    return prepared
+
+
+def _prepare_region(
+    model: nn.Module,
+    inputs: Inputs,
+    path: str,
+    table: Backend,
+    config: ResolvedConfig,
+    known: list[tuple[Origin, str]],
+) -> QuantModule:
+    module, untraceable = trace(model, *inputs)
+    plan = QuantPlan(table.name, notes=list(table.notes), model=type(model).__name__, untraceable=untraceable)
+    module.meta["fxq"] = plan
+    module.meta[BACKEND] = table
+    ops = table.dictionary
+    Pipeline([Canonicalize(ops)])(module)
+    if path:
+        plan.origins = {name: _inside(path, origin) for name, origin in plan.origins.items()}
+    for node in module.graph.nodes:
+        op = ops.op_of(node)
+        known.append((plan.origin(node.name), op.name if op else ""))
+    Pipeline(prepare_passes(table, config, inputs))(module)
+    plan.stage = Stage.PREPARED
+    return module
+
+
+def _inside(path: str, origin: Origin) -> Origin:
+    """The origin as seen from the whole model."""
+    inner = origin.module_path
+    return Origin(f"{path}.{inner}" if inner else path, origin.kind)
