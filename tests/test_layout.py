@@ -47,6 +47,29 @@ def offending(path: Path, *forbidden: str) -> list[str]:
     return [name for name in imports(path) if any(f"{name}.".startswith(f"{root}.") for root in forbidden)]
 
 
+def reached(start: Path, *forbidden: str) -> list[str]:
+    """What of ``forbidden`` a file imports, itself or through other files of fxq, each with the path to it."""
+    found, trails = [], {start: start.stem}
+    queue = [start]
+    for path in queue:
+        found += [f"{trails[path]} -> {name}" for name in offending(path, *forbidden)]
+        for target in filter(None, map(source_of, imports(path))):
+            if target not in trails:
+                trails[target] = f"{trails[path]} -> {target.stem}"
+                queue.append(target)
+    return found
+
+
+def source_of(module: str) -> Path | None:
+    """The file of ``fxq.x``, ``fxq.passes.x`` or ``fxq.backends.x``."""
+    parts = module.split(".")
+    if parts[0] != "fxq" or len(parts) < 2:
+        return None
+    path = ROOT.joinpath(*(parts[1:] if parts[1] in ("passes", "backends") else parts))
+    candidates = (path.with_suffix(".py"), path / "__init__.py")
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
 def attribute_chains(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
@@ -71,6 +94,12 @@ def test_the_scan_sees_every_spelling(tmp_path: Path) -> None:
     assert "torch.ao" in attribute_chains(source)
 
 
+def test_the_scan_follows_imports() -> None:
+    assert reached(ROOT / "fxq" / "cli.py", "fxq.errors")
+    assert any(trail.count(" -> ") > 1 for trail in reached(ROOT / "fxq" / "api.py", "fxq.numerics"))
+    assert reached(ROOT / "fxq" / "api.py", "fxq.backends")
+
+
 def test_there_is_something_to_scan() -> None:
     assert all(sources(folder) for folder in FOLDERS)
     assert {path.stem for path in sources("fxq")} >= set(TYPE_MODULES)
@@ -86,17 +115,17 @@ def test_no_forbidden_import(path: Path) -> None:
 
 @pytest.mark.parametrize("name", TYPE_MODULES)
 def test_types_know_neither_passes_nor_backends(name: str) -> None:
-    assert not offending(ROOT / "fxq" / f"{name}.py", "fxq.passes", "fxq.backends", "fxq.api")
+    assert not reached(ROOT / "fxq" / f"{name}.py", "fxq.passes", "fxq.backends", "fxq.api")
 
 
 @pytest.mark.parametrize("path", sources("passes"), ids=lambda path: path.stem)
 def test_passes_are_given_their_backend(path: Path) -> None:
-    assert not offending(path, "fxq.backends", "fxq.api")
+    assert not reached(path, "fxq.backends", "fxq.api")
 
 
 @pytest.mark.parametrize("path", sources("backends"), ids=lambda path: path.stem)
 def test_backends_know_no_pass(path: Path) -> None:
-    assert not offending(path, "fxq.passes", "fxq.api")
+    assert not reached(path, "fxq.passes", "fxq.api")
 
 
 def test_import_is_silent_and_leaves_optional_packages_alone() -> None:
