@@ -6,6 +6,8 @@ The reference graph defines the model's numbers; every lowering is judged agains
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch.fx import Node
 
@@ -41,11 +43,12 @@ class ToReference(Pass):
         _remove_observers(module, plan)
         nodes = {node.name: node for node in module.graph.nodes}
         weights = {slot for region in plan.regions for slot in self._weight_slots(region.nodes[0], nodes)}
+        same_tensor = _get_attr_nodes(nodes)
         quantized = 0
         shared = sharing_ends(plan, self.backend)
         for group, points in entry_points(nodes, plan, shared).items():
             if next(iter(points.values()))[0] in weights:
-                _quantize_weight(points, qparams[group], module, plan, nodes)
+                _quantize_weight(points, qparams[group], module, plan, nodes, same_tensor)
             else:
                 for name, slots in points.items():
                     _quantize_activation(nodes[name], slots, qparams[group], plan, nodes)
@@ -124,14 +127,21 @@ def _quantize_activation(
 
 
 def _quantize_weight(
-    points: dict[str, list[Slot]], qparams: QParams, module: QuantModule, plan: QuantPlan, nodes: dict[str, Node]
+    points: dict[str, list[Slot]],
+    qparams: QParams,
+    module: QuantModule,
+    plan: QuantPlan,
+    nodes: dict[str, Node],
+    same_tensor: dict[str, list[Node]],
 ) -> None:
     """Store a weight's integers and let its layers read them; ``points`` are the nodes that read the tensor."""
     spec = plan.specs[next(iter(points.values()))[0]]
     first = nodes[next(iter(points))]
     path = str(first.target)
     values = quantize(get_attribute(module, path).detach(), qparams, spec)
-    if any(len(nodes[name].users) > len(slots) for name, slots in points.items()) or _read_elsewhere(first, points):
+    if any(len(nodes[name].users) > len(slots) for name, slots in points.items()) or _read_elsewhere(
+        first, points, same_tensor
+    ):
         path = free_path(module, f"{path}_int8")  # something else still reads the float tensor
     set_tensor(module, path, values)
     before, after = plan.weight_bytes
@@ -152,6 +162,14 @@ def _quantize_weight(
             replace_argument(nodes[slot.node], slot.path, dq)
 
 
-def _read_elsewhere(weight: Node, points: dict[str, list[Slot]]) -> bool:
-    same = weight.graph.find_nodes(op="get_attr", target=weight.target)
-    return any(node.name not in points and node.users for node in same)
+def _get_attr_nodes(nodes: dict[str, Node]) -> dict[str, list[Node]]:
+    """The nodes that read each path; collected once, because a look-up in the graph is a search."""
+    found: dict[str, list[Node]] = defaultdict(list)
+    for node in nodes.values():
+        if node.op == "get_attr":
+            found[str(node.target)].append(node)
+    return found
+
+
+def _read_elsewhere(weight: Node, points: dict[str, list[Slot]], same_tensor: dict[str, list[Node]]) -> bool:
+    return any(node.name not in points and node.users for node in same_tensor[str(weight.target)])

@@ -50,7 +50,8 @@ def test_the_most_specific_entry_wins(mapping):
 
 @pytest.mark.parametrize(
     "exclude",
-    ["conv2d", nn.Conv2d, [nn.Conv2d], "features.0.conv", "features", "feat*", "features.?", ["x", "*.conv"], "my.Block"],
+    ["conv2d", nn.Conv2d, [nn.Conv2d], "features.0.conv", "features", "feat*", "features.?", ["x", "*.conv"],
+     "my.Block"],
 )
 def test_exclusions_win_over_all(exclude):
     assert lookup(QConfigMapping().set_module_name("features.0.conv", PLAIN), exclude=exclude) is None

@@ -54,7 +54,8 @@ def call(target, *args, **kwargs):
     graph = fx.Graph()
     x = graph.placeholder("x")
     swap = lambda value: x if value == "x" else value  # noqa: E731
-    return graph.call_function(target, tuple([swap(v) for v in a] if isinstance(a, list) else swap(a) for a in args), kwargs)
+    given = tuple([swap(v) for v in a] if isinstance(a, list) else swap(a) for a in args)
+    return graph.call_function(target, given, kwargs)
 
 
 def test_op_of_knows_canonical_nodes_only():

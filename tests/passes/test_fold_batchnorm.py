@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fxq.passes.fold_batchnorm import FoldBatchNorm
 from models_for_tests import Lambda, Two, before, canonical, conv, graph_text, op_names, run, same
 from torch import nn
 
 from fxq.errors import PlanError
 from fxq.pass_base import Pipeline
+from fxq.passes.fold_batchnorm import FoldBatchNorm
 
 X1, X2, X3 = torch.randn(3, 4, 9), torch.randn(3, 4, 6, 6), torch.randn(3, 4, 4, 4, 4)
 EXAMPLES = {1: X1, 2: X2, 3: X3}
@@ -159,5 +159,5 @@ def test_conv_norm_conv_folds_backward():
 
 def test_needs_facts():
     module = canonical(sequence(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)), X2)
-    with pytest.raises(PlanError, match="requires.*facts"):
+    with pytest.raises(PlanError, match=r"requires.*facts"):
         Pipeline([FoldBatchNorm(None)])(module)

@@ -40,7 +40,7 @@ class Breaks(Pass):
 
 class Tangles(Pass):
     def run(self, module, plan):
-        list(module.graph.nodes)[0].append(list(module.graph.nodes)[-1])
+        next(iter(module.graph.nodes)).append(list(module.graph.nodes)[-1])
         return 1
 
 

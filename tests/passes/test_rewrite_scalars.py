@@ -6,8 +6,9 @@ import operator
 
 import pytest
 import torch
-from fxq.passes.rewrite_scalars import RewriteScalars
 from models_for_tests import Lambda, before, graph_text, op_names, run, same
+
+from fxq.passes.rewrite_scalars import RewriteScalars
 
 X = torch.randn(2, 4, 6, 6)
 
@@ -25,7 +26,8 @@ def rewrite(forward, count, x=X, tolerance=1e-6):
 @pytest.mark.parametrize(
     ("forward", "ops"),
     [(lambda m, x: 3 + x, ["add"]), (lambda m, x: 0.5 * x, ["mul"]), (lambda m, x: x - 3, ["add"]),
-     (lambda m, x: x / 7, ["mul"]), (lambda m, x: torch.sub(x, 2.5), ["add"]), (lambda m, x: torch.div(x, -3), ["mul"])],
+     (lambda m, x: x / 7, ["mul"]), (lambda m, x: torch.sub(x, 2.5), ["add"]),
+     (lambda m, x: torch.div(x, -3), ["mul"])],
     ids=["radd", "rmul", "sub", "div", "torch.sub", "torch.div"],
 )  # fmt: skip
 def test_rewritten(forward, ops):

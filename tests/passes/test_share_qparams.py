@@ -114,7 +114,8 @@ def test_a_kernel_that_cannot_requantize_stays_float():
     module, groups = share(fixed_in_cat, backend=dataclasses.replace(table, rows=rows))
     assert reason(module, "cat") is MIXED_QPARAMS
     assert not any(slot.node == "cat" for slot in groups)
-    plain, _ = share(lambda m, x: m.b(torch.cat([m.a(x), m.d(x)], 1)[:, :4]), backend=dataclasses.replace(table, rows=rows))
+    without = dataclasses.replace(table, rows=rows)
+    plain, _ = share(lambda m, x: m.b(torch.cat([m.a(x), m.d(x)], 1)[:, :4]), backend=without)
     assert reason(plain, "cat") is None
 
 
