@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from fxq.backends import get_backend
-from fxq.passes.canonicalize import Canonicalize
 from torch import nn
 
+from fxq.backends import get_backend
 from fxq.config import QConfigMapping
 from fxq.graph_module import QuantModule
 from fxq.op_table import Backend
 from fxq.ops import VOCABULARY, Dictionary
 from fxq.pass_base import Pass, Pipeline
+from fxq.passes.canonicalize import Canonicalize
 from fxq.plan import QuantPlan, Reason
 from fxq.preparation import prepare_passes
 from fxq.qdq import is_dequantize, is_quantize

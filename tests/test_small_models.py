@@ -7,13 +7,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from fxq.backends import get_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_for_tests import Lambda, batches, conv, quiet
 from torch import nn
 
 import fxq
+from fxq.backends import get_backend
 from fxq.config import named_qconfig
 from fxq.errors import CalibrationError, ConfigError, FxqWarning
 from fxq.numerics import sqnr

@@ -7,13 +7,13 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from fxq.passes.canonicalize import Canonicalize
 from models_for_tests import OPS, Lambda, Two, canonical, conv, graph_text, op_names, reason, run, same
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from fxq.graph_module import get_attribute
 from fxq.ops import VOCABULARY
+from fxq.passes.canonicalize import Canonicalize
 from fxq.plan import INPLACE, OWN_FORWARD, UNKNOWN_OP, UNTRACEABLE, Status
 
 X1, X2, X3 = torch.randn(2, 4, 12), torch.randn(2, 4, 6, 6), torch.randn(2, 4, 4, 4, 4)

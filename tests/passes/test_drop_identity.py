@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fxq.passes.drop_identity import DropIdentity
 from models_for_tests import Lambda, before, graph_text, op_names, run, same
 from torch import nn
 
+from fxq.passes.drop_identity import DropIdentity
 from fxq.torchvision_ops import import_torchvision
 
 X = torch.randn(2, 4, 6, 6)

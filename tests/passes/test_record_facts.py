@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fxq.passes.record_facts import RecordFacts
-from models_for_tests import Lambda, before, canonical, conv, graph_text, run
+from models_for_tests import OPS, Lambda, before, canonical, conv, graph_text, run
 from torch import nn
 
 from fxq.errors import InputError
+from fxq.passes.record_facts import RecordFacts
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -37,17 +37,17 @@ def test_inputs_by_keyword_and_left_out():
             return x * z if y is None else x + y
 
     module = canonical(Model().eval(), X, y=X)
-    run(RecordFacts((X,), {"y": X}), module)
+    run(RecordFacts((X,), {"y": X}, OPS), module)
     assert module.plan.facts["y"].shape == (2, 3, 8, 8)
     module = canonical(Model().eval(), X)
-    run(RecordFacts((X,), {}), module)
+    run(RecordFacts((X,), {}, OPS), module)
     assert module.plan.facts["mul" if "mul" in module.plan.facts else "x"].shape == (2, 3, 8, 8)
 
 
 def test_a_model_that_fails_on_the_example_names_the_node():
     module = canonical(Lambda(lambda m, x: m.block(x), block=nn.Sequential(conv(4, 4))), X)
     with pytest.raises(InputError, match=r"example inputs at node 'block_0' \(module 'block\.0'\)"):
-        run(RecordFacts((X,), {}), module)
+        run(RecordFacts((X,), {}, OPS), module)
 
 
 def test_no_gradients_are_recorded():
