@@ -146,7 +146,7 @@ def _from_windows(x: Tensor, sizes: Sequence[int], window_size: Sequence[int]) -
 
 
 def _shift_mask(sizes: Sequence[int], window_size: Sequence[int], shift: Sequence[int], like: Tensor) -> Tensor:
-    """-100 between positions of a window that the cyclic shift brought together: ``[windows, positions, positions]``."""
+    """-100 between positions that only the cyclic shift brought together: ``[windows, positions, positions]``."""
     label = like.new_zeros(1, *sizes, 1)
     for axis, (size, window, s) in enumerate(zip(sizes, window_size, shift, strict=True), start=1):
         if s:

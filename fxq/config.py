@@ -78,6 +78,11 @@ class QConfigMapping:
         self._names: dict[str, QConfig | str | None] = {}
         self._regexes: dict[str, QConfig | str | None] = {}
 
+    def __repr__(self) -> str:
+        named = {"types": self._types, "names": self._names, "regexes": self._regexes}
+        parts = [f"global={self._global}", *(f"{kind}={entries}" for kind, entries in named.items() if entries)]
+        return f"QConfigMapping({', '.join(parts)})"
+
     def set_global(self, qconfig: QConfig | str | None) -> QConfigMapping:
         """For everything no other entry matches."""
         self._global = qconfig

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx import Node
 
+from fxq.aliases import after
+from fxq.attention import multihead_attention, window_attention
 from fxq.errors import FileFormatError, FxqError
 from fxq.ops import VOCABULARY
 from fxq.plan import (
@@ -58,6 +60,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
     """Every function that a file may name."""
     named: dict[str, Callable[..., Any]] = {f"op:{op.name}": op.target for op in VOCABULARY}
     named |= {"fxq:quantize": QUANTIZE, "fxq:dequantize": DEQUANTIZE, "fxq:dequantize_channel": DEQUANTIZE_CHANNEL}
+    named |= {f"fxq:{f.__name__}": f for f in (multihead_attention, window_attention, after)}
     named |= {"builtins:getattr": getattr, "torch:_assert": torch._assert}
     named |= {f"operator:{name}": getattr(operator, name) for name in _OPERATORS}
     for name in dir(torch._C._VariableFunctions):
@@ -90,8 +93,8 @@ def _encode_node(node: Node, names: dict[Any, str]) -> dict[str, Any]:
     target: Any = node.target
     if node.op == "call_module":
         raise FxqError(
-            f"node '{node.name}' calls the float module '{target}', whose code a file cannot hold; keep the model in "
-            f"memory, or make the module traceable"
+            f"node '{node.name}' calls the module '{target}', which is not one of the operations fxq knows and whose "
+            f"code a file cannot hold; write it with torch functions, or keep the model in memory"
         )
     if node.op == "call_function":
         if target not in names:

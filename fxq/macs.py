@@ -36,7 +36,9 @@ def counting(module: nn.Module) -> Iterator[dict[str, int]]:
 
             def add(layer: nn.Module, args: tuple[Any, ...], out: Any, path: str = path) -> None:
                 transposed = isinstance(layer, _TRANSPOSED_MODULES)
-                found[path] = found.get(path, 0) + count_macs(layer.weight, args[0], out, transposed)
+                weight = layer.weight
+                assert isinstance(weight, torch.Tensor)
+                found[path] = found.get(path, 0) + count_macs(weight, args[0], out, transposed)
 
             handles.append(layer.register_forward_hook(add))
     try:

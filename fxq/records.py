@@ -20,8 +20,8 @@ def graph_records(model: nn.Module) -> list[dict[str, Any]]:
 
     Returns:
         Dicts with the keys ``node``, ``op``, ``type`` (``"int8"``, ``"float"``, ``"shape"``), ``kernel``, ``scale``,
-        ``zero_point``, ``shape``, ``macs`` (multiply-accumulates), ``reason`` (why it is float), ``module`` (path in the model), ``inputs`` and
-        ``region`` (path of the traced part, ``""`` for a model traced as a whole).
+        ``zero_point``, ``shape``, ``macs`` (multiply-accumulates), ``reason`` (why it is float), ``module`` (path in
+        the model), ``inputs`` and ``region`` (path of the traced part, ``""`` for a model traced as a whole).
 
     Raises:
         StageError: if the model was not made by fxq.
@@ -68,7 +68,7 @@ def _record(node: Node, model: QuantModule, plan: QuantPlan, region: Region | No
 
 def _planned_kernel(decision: Decision | None) -> str:
     """Before lowering, the row that a node will become, or what it will be fused into."""
-    return "" if decision is None else decision.detail or decision.row or ""
+    return "" if decision is None or decision.row is None else decision.detail or decision.row
 
 
 def _op_name(node: Node, plan: QuantPlan, region: Region | None) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from fxq.backends import BACKENDS, get_backend
 from fxq.engine import available_engines
 from fxq.graph_module import QuantModule
-from fxq.op_table import Fixed, OpRow, Weights
+from fxq.op_table import Backend, Fixed, OpRow, Weights
 from fxq.partition import Partition, partition_of, regions_of
 from fxq.plan import Stage
 from fxq.records import graph_records, observer_records
@@ -55,9 +55,9 @@ def summary(model: nn.Module) -> str:
         rows.append(["quantize / dequantize nodes", f"{quantizes} / {conversions['dequantize']}"])
     if partition is not None:
         rows.insert(1, ["regions", f"{len(regions)}: the model cannot be traced as a whole, these parts of it can"])
-    before, after = (sum(region.plan.weight_bytes[i] / 2**20 for region in regions.values()) for i in (0, 1))
+    before, after = (sum(region.plan.weight_bytes[i] for region in regions.values()) for i in (0, 1))
     if before:
-        rows.append(["quantized weights", f"{before:.2f} MiB float -> {after:.2f} MiB int8"])
+        rows.append(["quantized weights", f"{_size(before)} float -> {_size(after)} int8"])
     rows += [["note", note] for note in plan.notes]
     text = tabulate(rows, tablefmt="plain", maxcolwidths=[None, 85])
     reasons = Counter(r["reason"].partition(":")[0] for r in operations if r["type"] == "float")
@@ -82,6 +82,10 @@ def _is_heavy(record: dict[str, Any]) -> bool:
 def _share(records: list[dict[str, Any]]) -> str:
     int8 = sum(record["type"] == "int8" for record in records)
     return f"{int8} of {len(records)}"
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.2f} KiB"
 
 
 def _share_of_macs(records: list[dict[str, Any]], left: int) -> str:
@@ -194,13 +198,16 @@ def backends() -> str:
     return _table(rows, headers, [None, None, 12, 14, None, 52])
 
 
-def backend_table(name: str) -> str:
+def backend_table(backend: str | Backend) -> str:
     """What a backend can run: one line a row, then what it cannot and why.
+
+    Args:
+        backend: a name or a table.
 
     Raises:
         BackendError: for an unknown backend.
     """
-    backend = get_backend(name)
+    backend = get_backend(backend) if isinstance(backend, str) else backend
     rows = [
         [row.name, row.op.name, _tail(row), _output(row), _weights(row), row.emit.kernel] for row in backend.rows
     ]

@@ -17,16 +17,18 @@ import torch
 from torch import nn
 
 from fxq.api import lower
-from fxq.backends import get_backend
-from fxq.errors import FileFormatError, FxqError
+from fxq.backends import BACKENDS, get_backend
+from fxq.errors import BackendError, FileFormatError, FxqError
 from fxq.graph_json import decode_graph, decode_plan, encode_graph, encode_plan
 from fxq.graph_module import QuantModule, get_attribute, plan_of, set_tensor
+from fxq.op_table import Backend
 from fxq.partition import partition_of
 from fxq.plan import Stage
 from fxq.preparation import BACKEND
 
 _MAGIC = b"FXQ\x00"
 _VERSION = 1
+_NAMES = " or ".join(BACKENDS)
 _HEADER = len(_MAGIC) + 4 + hashlib.sha256().digest_size
 
 
@@ -83,20 +85,22 @@ def load_reference(path: str | Path) -> QuantModule:
     return module
 
 
-def load(path: str | Path, backend: str | None = None) -> nn.Module:
+def load(path: str | Path, backend: str | Backend | None = None) -> nn.Module:
     """A lowered model from a file, packed for this machine.
 
     Args:
-        backend: the one it was saved for by default.
+        backend: a name or a table; by default the backend it was saved for.
 
     Raises:
         FileFormatError: if the file cannot be read.
         BackendError: for an unknown backend or an engine this torch lacks.
     """
     reference = load_reference(path)
-    name = backend or reference.plan.backend
-    reference.meta[BACKEND] = get_backend(name)
-    return lower(reference, name)
+    backend = backend or reference.plan.backend
+    if isinstance(backend, str) and backend not in BACKENDS:
+        raise BackendError(f"{path}: made for the backend '{backend}'; load it with backend= that table, or {_NAMES}")
+    reference.meta[BACKEND] = get_backend(backend) if isinstance(backend, str) else backend
+    return lower(reference, backend)
 
 
 def _verified(path: str | Path) -> dict[str, Any]:

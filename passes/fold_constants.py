@@ -34,9 +34,8 @@ class FoldConstants(Pass):
         for node in module.graph.nodes:
             if node.op == "get_attr":
                 values[node] = get_attribute(module, str(node.target))
-            elif node.all_input_nodes and all(source in values for source in node.all_input_nodes):
-                if self._is_pure(node):
-                    values[node] = _evaluate(node, values)
+            elif self._is_pure(node) and all(source in values for source in node.all_input_nodes):
+                values[node] = _evaluate(node, values)
         folded = [node for node in values if node.op != "get_attr" and _leaves(node, values)]
         for node in folded:
             self._replace(node, values[node], module, plan)
@@ -46,6 +45,8 @@ class FoldConstants(Pass):
         return len(folded)
 
     def _is_pure(self, node: Node) -> bool:
+        if not node.all_input_nodes:
+            return False
         op = self.ops.op_of(node)
         if op is not None:
             return op is not DROPOUT

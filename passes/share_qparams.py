@@ -116,11 +116,11 @@ class ShareQParams(Pass):
     def _number(self, links: nx.Graph[Any], plan: QuantPlan) -> int:
         plan.groups.clear()
         plan.fixed.clear()
-        for number, component in enumerate(nx.connected_components(links)):
-            for slot in component:
-                if isinstance(slot, Slot):
-                    plan.groups[slot] = number
-        for out, component in self._fixed_components(links, plan):
-            group = plan.groups[next(slot for slot in component if isinstance(slot, Slot))]
-            plan.fixed[group] = (out.scale, out.zero_point)
+        number_of = {slot: n for n, component in enumerate(nx.connected_components(links)) for slot in component}
+        for slot in plan.specs:  # components are sets: their own order differs from run to run
+            plan.groups[slot] = number_of[slot]
+        for region in plan.regions:
+            out = self.backend.row(region.row).out
+            if isinstance(out, Fixed):
+                plan.fixed[plan.groups[Slot(region.end)]] = (out.scale, out.zero_point)
         return len(set(plan.groups.values()))
