@@ -7,7 +7,7 @@
 PYTHON ?= python3
 TORCH_INSTALL_ARGS ?=
 DEMO_ARGS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 
 # threads that wait do not spin: several times faster where other processes want the cores too
 export OMP_WAIT_POLICY ?= passive

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import operator
 import os
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -42,12 +43,20 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     _record_augmented(_name)
 
 
+# torch.fx patches nn.Module itself while it traces, so only one trace can be under way.
+_ONE_AT_A_TIME = threading.Lock()
+
+
 class Tracer(fx.Tracer):
-    """A ``torch.fx`` tracer that contains failures; ``untraceable`` maps module paths to reasons."""
+    """A ``torch.fx`` tracer that contains failures; ``untraceable`` maps module paths to reasons.
+
+    It lets models that other threads run meanwhile pass through the patched ``nn.Module`` untouched.
+    """
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=())
         self.untraceable: dict[str, str] = {}
+        self._thread = threading.get_ident()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -55,6 +64,8 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         last = next(reversed(self.graph.nodes), None)
         around = self.module_stack.copy()
         try:
@@ -65,6 +76,11 @@ class Tracer(fx.Tracer):
             self._erase_after(last)
             self.module_stack = around
             return self.create_proxy("call_module", path, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def _erase_after(self, last: fx.Node | None) -> None:
         for node in reversed(list(self.graph.nodes)):
@@ -104,7 +120,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """
     require_eval(model)
     tracer = Tracer()
-    with _left_as_it_is(model):
+    with _ONE_AT_A_TIME, _left_as_it_is(model):
         try:
             graph = tracer.trace(model, concrete_args=_absent_arguments(model, args, kwargs))
         except Exception as error:

@@ -138,11 +138,6 @@ def test_import_is_silent_and_leaves_optional_packages_alone() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_import_costs_no_more_than_torch_and_a_little() -> None:
-    """Minimum of three processes: what other load there is can only make one slower."""
-    seconds = min(import_seconds() for _ in range(3))
-    assert seconds < 0.3
-
 
 def import_seconds() -> float:
     """What ``import fxq`` takes after ``import torch``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -231,3 +232,18 @@ def test_shared_tensors_stay_shared():
     module = fresh(Lambda(lambda m, x: m.b(m.a(x)), a=a, b=b), X)
     assert module.get_submodule("a").weight is module.get_submodule("b").weight
     assert module.get_submodule("a").weight is not a.weight
+
+
+def test_several_threads_trace_and_run_models_at_once():
+    models = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval() for _ in range(4)]
+    x = torch.randn(1, 3, 8, 8)
+    expected = [model(x) for model in models]
+
+    def work(number):
+        for _ in range(10):
+            module, _ = trace(models[number], (x,), {})
+            assert torch.equal(module(x), expected[number])
+            assert torch.equal(models[number](x), expected[number])
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        list(pool.map(work, range(len(models))))
