@@ -60,7 +60,7 @@ def inputs_of(name: str, generator: torch.Generator) -> tuple[Any, ...]:
         return (noise(1, 3, 16, 224, 224),)
     if name.startswith(VIDEO):
         return (noise(1, 3, 8, 112, 112),)
-    size = 224 if name.startswith(FIXED_224) else 160
+    size = 224 if name.startswith((*FIXED_224, "inception")) else 160
     return (noise(2, 3, size, size),)
 
 

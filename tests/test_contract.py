@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 from models_for_tests import Lambda, conv, quiet
-from torch import nn
 
 import fxq
 from fxq.backends import get_backend
