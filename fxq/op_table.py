@@ -71,6 +71,21 @@ class OutQuant:
     quant_min: int
     quant_max: int
 
+    @property
+    def pair(self) -> tuple[float, int]:
+        """``(scale, zero_point)``."""
+        return self.scale, self.zero_point
+
+    @property
+    def saturates(self) -> bool:
+        """Whether a kernel's own saturation to uint8 is all the clamping the output needs."""
+        return (self.quant_min, self.quant_max) == (0, 255)
+
+    @property
+    def real_bounds(self) -> tuple[float, float]:
+        """The real values of the smallest and largest integer."""
+        return (self.quant_min - self.zero_point) * self.scale, (self.quant_max - self.zero_point) * self.scale
+
 
 class Emission(Protocol):
     """What a row's ``emit`` is given; implemented by the lowering pass."""

@@ -1,8 +1,7 @@
 """Translate a reference graph into one of packed int8 kernels.
 
-Two walks over the reference graph. The first finds what becomes a kernel: for each quantize node, the chain
-that ends in it and whose inputs are all dequantized integers. The second builds a new graph, in which such a
-chain is one kernel, a quantize of a float tensor and a dequantize for a float reader are the only conversions
+:mod:`fxq.passes.find_kernels` says which chains of nodes become kernels. Here a new graph is built, in which each
+such chain is one kernel, a quantize of a float tensor and a dequantize for a float reader are the only conversions
 left, and everything else is copied.
 """
 
@@ -17,34 +16,17 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-from fxq.engine import packing, require_engine
+from fxq.aliases import reads_shape
+from fxq.engine import require_engine
 from fxq.graph_module import QuantModule, get_attribute, set_tensor
-from fxq.matcher import Match, best_match, other_operand
+from fxq.matcher import Match
 from fxq.numerics import dequantize
-from fxq.op_table import Backend, Fixed, IntWeight, Out, OutQuant, Weights
+from fxq.op_table import Backend, Out, OutQuant
 from fxq.ops import Dictionary
-from fxq.plan import (
-    NO_KERNEL,
-    OPTIONS,
-    Decision,
-    Kernel,
-    QuantPlan,
-    Reason,
-    Stage,
-    Status,
-    float_decision,
-)
-from fxq.qdq import DEQUANTIZE_CHANNEL, is_dequantize, is_quantize
-from fxq.spec import QParams
-
-WEIGHT_CHANNEL = Reason("weight-scheme", "the backend's kernel takes per-tensor weights only")
-WEIGHT_AFFINE = Reason("weight-scheme", "the backend's kernel takes symmetric weights only")
-MADE_FOR_OTHER = Reason("other-backend", "quantized for another backend, which fuses it with other ops than this one")
-FIXED_OUTPUT = Reason("fixed-output", "its int8 kernel dictates a scale and zero_point other than the ones asked for")
-READ_AS_FLOAT = Reason("read-as-float", "moves values about that only float ops read")
-_LONGEST_CHAIN = 4  # nodes in one kernel: conv, add, relu, and one to spare
-_SHAPE_METHODS = frozenset({"size", "dim", "numel", "nelement", "ndimension"})
-_SHAPE_ATTRIBUTES = frozenset({"shape", "ndim"})
+from fxq.passes.emission import KernelEmission
+from fxq.passes.find_kernels import KernelFinder, int_weight, output_quant
+from fxq.plan import Decision, Kernel, QuantPlan, Stage, Status, float_decision
+from fxq.qdq import is_dequantize, is_quantize
 
 
 def lower(reference: QuantModule, backend: Backend) -> QuantModule:
@@ -58,17 +40,7 @@ def lower(reference: QuantModule, backend: Backend) -> QuantModule:
         BackendError: if this torch lacks the backend's engine.
     """
     require_engine(backend.engine)
-    with warnings.catch_warnings():
-        # torch announces the removal of its quantized dtypes once a process; a user of fxq need not act on it.
-        warnings.filterwarnings("ignore", message=".*deprecated.*")
-        return Lowering(reference, backend).run()
-
-
-def output_quant(quantize: Node) -> OutQuant:
-    """The output of a quantize node in uint8 terms: signed integers are shifted by 128."""
-    _, scale, zero_point, quant_min, quant_max, dtype = quantize.args
-    shift = 128 if dtype == torch.int8 else 0
-    return OutQuant(scale, zero_point + shift, quant_min + shift, quant_max + shift)  # type: ignore
+    return Lowering(reference, backend).run()
 
 
 @dataclass
@@ -85,136 +57,29 @@ class Lowering:
         self.module = QuantModule(torch.nn.Module(), fx.Graph())
         self.plan = QuantPlan(self.backend.name, Stage.LOWERED, {"canonical", "facts", "annotated"})
         self.regions = {region.nodes[0]: region for region in self.old.regions}
-        self.matches: dict[Node, Match] = {}  # by quantize node
-        self.sharing: set[Node] = set()  # ops that run on integers and keep their qparams
-        self.refusals: dict[str, Reason] = {}
+        self.finder = KernelFinder(self.reference, self.backend)
         self.floats: dict[Node, Any] = {}
         self.ints: dict[Node, Node] = {}
         self.qparams: dict[Node, tuple[float, int]] = {}
         self.overwritten: list[tuple[Node, Node]] = []  # kernels and the operands they write over
 
     def run(self) -> QuantModule:
-        for node in self.reference.graph.nodes:
-            if is_quantize(node):
-                self._find(node)
-        covered = self.sharing | {node for match in self.matches.values() for node in match.nodes}
+        with warnings.catch_warnings():
+            # torch announces the removal of its quantized dtypes once a process; a user of fxq need not act on it.
+            warnings.filterwarnings("ignore", message=".*deprecated.*")
+            self._build()
+            return self._finish()
+
+    def _build(self) -> None:
+        covered = self.finder.covered
         for node in self.reference.graph.nodes:
             if is_quantize(node):
                 self._quantized(node)
             elif not (node in covered or is_dequantize(node) or node.op == "get_attr"):
                 self.float_value(node)
-        return self._finish()
-
-    # -- first walk: what becomes a kernel
-
-    def _find(self, quantize: Node) -> None:
-        end = quantize.args[0]
-        assert isinstance(end, Node)
-        if self._shares(end, quantize) or end.op in ("placeholder", "get_attr"):
-            return
-        for candidate in reversed(self._chain(end)):
-            found = self._best_match(candidate)
-            if isinstance(found, Reason):
-                self.refusals[candidate.name] = found
-            elif found.end is end and self._runs_on_integers(found) and self._reaches(found, quantize):
-                self.matches[quantize] = found
-                return
-
-    def _best_match(self, node: Node) -> Match | Reason:
-        """The row for a node; what was decided to stay float, by the user or for accuracy, does stay float."""
-        stays = self._stays_float(node)
-        return stays or best_match(
-            self.backend, node, self.ops, self.old.facts, lambda tail: self._stays_float(tail) is None
-        )
-
-    def _stays_float(self, node: Node) -> Reason | None:
-        decision = self.old.decisions.get(node.name)
-        reason = None if decision is None else decision.reason
-        # Another backend may have the kernel that was missing.
-        return None if reason is None or reason.code in (NO_KERNEL.code, OPTIONS.code) else reason
-
-    def _chain(self, end: Node) -> list[Node]:
-        """``end`` and the ops before it, as far as each has one operand that is no integer: last one first."""
-        chain: list[Node] = []
-        node = end
-        while (op := self.ops.op_of(node)) is not None and len(chain) < _LONGEST_CHAIN:
-            chain.append(node)
-            floats = [producer for _, producer in op.tensor_arguments(node) if not self._is_int(producer)]
-            if len(floats) != 1:
-                break
-            node = floats[0]
-        return chain
-
-    def _runs_on_integers(self, match: Match) -> bool:
-        for node in match.nodes:
-            op = self.ops.op_of(node)
-            assert op is not None
-            if any(p not in match.nodes and not self._is_int(p) for _, p in op.tensor_arguments(node)):
-                return False
-        op = match.row.op
-        if op.weight is None:
-            return True
-        weight = op.get(match.root, op.weight)
-        if not is_dequantize(weight):
-            return False
-        refusal = self._weight_refusal(match.row.weight, self.int_weight(weight))
-        if refusal is not None:
-            self.refusals[match.root.name] = refusal
-        return refusal is None
-
-    def _reaches(self, match: Match, quantize: Node) -> bool:
-        """Whether the kernel can give the output the qparams asked for."""
-        fixed, out = match.row.out, output_quant(quantize)
-        if not isinstance(fixed, Fixed) or (saturates(out) and _pair(out) == (fixed.scale, fixed.zero_point)):
-            return True
-        self.refusals[match.root.name] = FIXED_OUTPUT
-        return False
-
-    @staticmethod
-    def _weight_refusal(supported: Weights, weight: IntWeight) -> Reason | None:
-        if weight.ch_axis is not None and not supported & Weights.CHANNEL:
-            return WEIGHT_CHANNEL
-        if weight.qparams.zero_point.any() and not supported & Weights.AFFINE:
-            return WEIGHT_AFFINE
-        return None
-
-    def _is_int(self, node: Node) -> bool:
-        return is_dequantize(node) or node in self.sharing
-
-    def _shares(self, node: Node, quantize: Node) -> bool:
-        """Whether ``node`` runs on integers and its output has the qparams of its inputs."""
-        op = self.ops.op_of(node)
-        if op is None or is_dequantize(node):
-            return False
-        found = self._best_match(node)
-        if isinstance(found, Reason):
-            self.refusals[node.name] = found
-            return False
-        if found.row.out is not Out.SHARE:
-            return False
-        out = output_quant(quantize)
-        for _, producer in op.tensor_arguments(node):
-            if producer in self.sharing:
-                continue
-            if is_dequantize(producer):
-                source = producer.args[0]
-                same = is_quantize(source) and self._same_qparams(output_quant(source), out)  # type: ignore
-                if not same and not found.row.mixed_inputs:
-                    return False
-            elif producer.name not in self.old.containers or not self._shares(producer, quantize):
-                return False
-        self.sharing.add(node)
-        self.matches[quantize] = found
-        return True
-
-    @staticmethod
-    def _same_qparams(a: OutQuant, b: OutQuant) -> bool:
-        return (a.scale, a.zero_point) == (b.scale, b.zero_point)
-
-    # -- second walk: the new graph
 
     def _quantized(self, quantize: Node) -> None:
-        match = self.matches.get(quantize)
+        match = self.finder.matches.get(quantize)
         out = output_quant(quantize)
         if match is None:
             self.ints[quantize] = self._entry(quantize, out)
@@ -226,7 +91,7 @@ class Lowering:
         """The kernel of a match; containers (chunk, split) on the way to it are emitted first."""
         if match.root in self.ints:
             return self.ints[match.root]
-        emission = _Emission(self, match, out)
+        emission = KernelEmission(self, match, out)
         end = match.row.emit(emission)
         self.overwritten += [(end, operand) for operand in emission.overwritten]
         for node in emission.calls:
@@ -236,7 +101,7 @@ class Lowering:
 
     def _clamped(self, node: Node, out: OutQuant) -> Node:
         """Int8 values, clamped where the kernel's own saturation is wider than the quantize node's range."""
-        made = self.call(f"{node.name}_clamp", torch.clamp, (node, *real_bounds(out)))
+        made = self.call(f"{node.name}_clamp", torch.clamp, (node, *out.real_bounds))
         self._describe_like(node, made, "aten::clamp")
         return made
 
@@ -244,7 +109,7 @@ class Lowering:
         """The int8 node that carries a value of the reference graph."""
         if is_dequantize(node):
             return self.ints[node.args[0]]  # type: ignore[index]
-        found = self._best_match(node)
+        found = self.finder.best_match(node)
         assert isinstance(found, Match)
         return self.emit(found, out)
 
@@ -258,9 +123,9 @@ class Lowering:
             return self.constant(f"{source.name}_int8", value)
         args = (self.float_value(source), out.scale, out.zero_point, torch.quint8)
         node = self.call(f"{source.name}_quantize", torch.quantize_per_tensor, args)
-        kernel = Kernel("quantize_per_tensor", *_pair(out))
+        kernel = Kernel("quantize_per_tensor", *out.pair)
         self._describe(node, source.name, Decision(Status.QUANTIZED, "quantize"), kernel)
-        return node if saturates(out) else self._clamped(node, out)
+        return node if out.saturates else self._clamped(node, out)
 
     def float_value(self, node: Node) -> Any:
         """The float node that carries a value of the reference graph, made when first needed."""
@@ -287,23 +152,13 @@ class Lowering:
         source = node.args[0]
         assert isinstance(source, Node)
         if not is_quantize(source):
-            weight = self.int_weight(node)
+            weight = int_weight(self.reference, node)
             return self.constant(f"{source.name}_float", dequantize(weight.values, weight.qparams, weight.ch_axis))
         made = self.call(f"{source.args[0].name}_dequantize", torch.Tensor.dequantize, (self.ints[source],))  # type: ignore
         scale, zero_point = self.qparams[self.ints[source]]
         kernel = Kernel("dequantize", scale, zero_point)
         self._describe(made, source.args[0].name, Decision(Status.QUANTIZED, "dequantize"), kernel)  # type: ignore
         return made
-
-    def int_weight(self, dq: Node) -> IntWeight:
-        """The weight behind a dequantize node of the reference graph."""
-        values = get_attribute(self.reference, str(dq.args[0].target))  # type: ignore[union-attr]
-        if dq.target is DEQUANTIZE_CHANNEL:
-            scale, zero_point = (get_attribute(self.reference, str(a.target)) for a in dq.args[1:3])  # type: ignore
-            return IntWeight(values, QParams(scale, zero_point), dq.args[3])  # type: ignore[arg-type]
-        scale, zero_point = dq.args[1:3]
-        pair = QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
-        return IntWeight(values, pair, None)
 
     # -- nodes of the new graph and what the plan says of them
 
@@ -328,7 +183,7 @@ class Lowering:
         tail = (*(n.name for n in match.nodes[1:]), *(region.absorbed if region else ()))
         fused = tuple(self.old.origin(name).kind.rpartition(".")[2] for name in tail)
         name = f"{kernel} [{engine}]" if engine else kernel
-        self._describe(node, match.root.name, Decision(status, match.row.name), Kernel(name, *_pair(out), fused))
+        self._describe(node, match.root.name, Decision(status, match.row.name), Kernel(name, *out.pair, fused))
         if match.end.name in self.old.facts:
             self.plan.facts[node.name] = self.old.facts[match.end.name]
 
@@ -359,14 +214,8 @@ class Lowering:
         if new.op.startswith("call_"):
             decision = self.old.decisions.get(old.name)
             if decision is None or (decision.reason is None and decision.status is not Status.SHAPE_ONLY):
-                decision = float_decision(self.refusals.get(old.name) or self._why_float(decision))
+                decision = float_decision(self.finder.why_float(old))
             self.plan.decisions[new.name] = decision
-
-    def _why_float(self, decision: Decision | None) -> Reason:
-        """Why a node that was to be int8 is not, where no row refused it."""
-        if decision is not None and decision.status is Status.SHARED:
-            return READ_AS_FLOAT
-        return MADE_FOR_OTHER if self.old.backend != self.backend.name else NO_KERNEL
 
     def _protect(self, kernel: Node, operand: Node) -> None:
         """Give a kernel that writes over its operand a copy of it, unless nobody else reads that memory later."""
@@ -406,78 +255,3 @@ class Lowering:
         lowered.graph.lint()
         self.plan.check(lowered.graph)
         return lowered
-
-
-class _Emission:
-    """See :class:`fxq.op_table.Emission`."""
-
-    def __init__(self, lowering: Lowering, match: Match, out: OutQuant) -> None:
-        self.lowering, self.match = lowering, match
-        self.nodes, self.out = match.nodes, out
-        self.engine: str | None = None
-        self.calls: list[Node] = []
-        self.overwritten: list[Node] = []
-        ends_at_zero = (out.quant_min, out.quant_max) == (out.zero_point, 255)
-        self.relu = not saturates(out) and match.row.relu_kernel and ends_at_zero
-        # ops that share their input's qparams were given integers inside the range and return no others
-        self.needs_clamp = not (saturates(out) or self.relu or match.row.out is Out.SHARE)
-
-    @property
-    def _op(self) -> Any:
-        return self.match.row.op
-
-    def get(self, parameter: str) -> Any:
-        value = self._op.get(self.match.root, parameter)
-        return fx.map_arg(value, self.lowering.float_value)
-
-    def input(self, parameter: str) -> Any:
-        return fx.map_arg(
-            self._op.get(self.match.root, parameter), lambda node: self.lowering.int_value(node, self.out)
-        )
-
-    def tail_input(self, position: int) -> Node:
-        _, producer = other_operand(self.nodes, position, self.lowering.ops)
-        return self.lowering.int_value(producer, self.out)
-
-    def weight(self) -> IntWeight:
-        return self.lowering.int_weight(self._op.get(self.match.root, self._op.weight))
-
-    def tensor(self, parameter: str) -> torch.Tensor | None:
-        node = self._op.get(self.match.root, parameter)
-        return None if node is None else get_attribute(self.lowering.reference, str(node.target)).detach()
-
-    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        self.calls.append(self.lowering.call(self.match.root.name, target, args, kwargs))
-        return self.calls[-1]
-
-    def constant(self, suffix: str, value: Any) -> Node:
-        return self.lowering.constant(f"{self.match.root.name}_{suffix}", value)
-
-    def overwrites(self, operand: Node) -> None:
-        self.overwritten.append(operand)
-
-    def pack(self, function: Callable[..., Any], *args: Any, engine: str | None = None) -> Any:
-        self.engine = engine or self.lowering.backend.engine
-        with packing(self.engine):
-            return function(*args)
-
-
-def reads_shape(node: Node) -> bool:
-    """Whether a node only reads the sizes of its input."""
-    if node.op == "call_method":
-        return node.target in _SHAPE_METHODS
-    return node.op == "call_function" and node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES
-
-
-def saturates(out: OutQuant) -> bool:
-    """Whether a kernel's own saturation to uint8 is all the clamping an output needs."""
-    return (out.quant_min, out.quant_max) == (0, 255)
-
-
-def real_bounds(out: OutQuant) -> tuple[float, float]:
-    """The real values of the smallest and largest integer of an output."""
-    return (out.quant_min - out.zero_point) * out.scale, (out.quant_max - out.zero_point) * out.scale
-
-
-def _pair(out: OutQuant) -> tuple[float, int]:
-    return out.scale, out.zero_point

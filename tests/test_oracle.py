@@ -23,7 +23,8 @@ from fxq.backends import get_backend
 from fxq.backends.kernels import quantized_weight
 from fxq.graph_module import QuantModule, get_attribute
 from fxq.models import load_model
-from fxq.passes.lower import Lowering, output_quant
+from fxq.passes.find_kernels import int_weight, output_quant
+from fxq.passes.lower import Lowering
 from fxq.qdq import is_dequantize, is_quantize
 
 WEIGHTED = ("conv1d", "conv2d", "conv3d", "linear")
@@ -72,7 +73,7 @@ def weights(reference: QuantModule, backend: str) -> dict[str, tuple[torch.Tenso
         op = lowering.ops.op_of(node)
         if op is not None and op.name in WEIGHTED and is_dequantize(node.args[1]):
             bias = None if node.args[2] is None else get_attribute(reference, node.args[2].target).detach()
-            found[node.name] = quantized_weight(lowering.int_weight(node.args[1])), bias
+            found[node.name] = quantized_weight(int_weight(lowering.reference, node.args[1])), bias
     return found
 
 
