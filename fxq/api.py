@@ -161,10 +161,20 @@ def convert_to_reference(prepared: nn.Module) -> nn.Module:
         StageError: if the model was not prepared.
         CalibrationError: if no observer saw any data.
     """
-    regions_of(prepared, Stage.PREPARED)
+    _require_data(regions_of(prepared, Stage.PREPARED).values())
     reference = map_regions(prepared, _region_to_reference)
     _warn_never_observed(reference)
     return reference
+
+
+def _require_data(regions: Iterable[QuantModule]) -> None:
+    observers = [region.get_submodule(path) for region in regions for path in region.plan.observers.values()]
+    activations = [observer for observer in observers if observer.enabled]
+    if activations and not any(observer.has_data for observer in activations):
+        raise CalibrationError(
+            "no observer saw any data: run fxq.calibrate(prepared, data), or prepared(batch) on some batches, "
+            "before converting"
+        )
 
 
 def _region_to_reference(prepared: QuantModule) -> QuantModule:

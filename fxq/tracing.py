@@ -7,12 +7,15 @@ their place, so exactly the innermost module that cannot be traced is left out.
 from __future__ import annotations
 
 import contextlib
+import dis
 import inspect
 import operator
 import os
+import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,10 +27,46 @@ from fxq.graph_module import QuantModule, get_attribute, set_tensor
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that records ``x += y`` and ``x[i] = y``: torch.fx would trace one as ``x + y`` and refuse the other."""
+    """A proxy that records ``x += y``, ``x[i] = y`` and checks that raise: torch.fx would trace the first as
+    ``x + y`` and refuse the others.
+    """
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __bool__(self) -> bool:
+        demanded = _demanded(sys._getframe(1))
+        if demanded is None:
+            return super().__bool__()
+        condition = self if demanded else self.tracer.create_proxy("call_function", operator.not_, (self,), {})
+        self.tracer.create_proxy("call_function", torch._assert, (condition, "a check of the model fails"), {})
+        return demanded
+
+
+def _demanded(frame: FrameType) -> bool | None:
+    """The truth value without which the branch that a frame is at raises, as those of ``assert x`` and
+    ``if not x: raise ValueError`` do; ``None`` at any other instruction.
+    """
+    code = list(dis.get_instructions(frame.f_code))
+    position = {instruction.offset: number for number, instruction in enumerate(code)}
+    number = position[frame.f_lasti] + (code[position[frame.f_lasti]].opname == "TO_BOOL")
+    jump = code[number]
+    if not jump.opname.startswith("POP_JUMP") or "NONE" in jump.opname:
+        return None
+    jumps_if = "IF_TRUE" in jump.opname
+    if _only_raises(code[number + 1 :]):
+        return jumps_if
+    return not jumps_if if _only_raises(code[position[jump.argval] :]) else None
+
+
+def _only_raises(code: Sequence[dis.Instruction]) -> bool:
+    """Whether instructions make an exception and raise it, and do nothing else."""
+    for instruction in code:
+        if instruction.opname.startswith("RAISE"):
+            return True
+        if "JUMP" in instruction.opname or instruction.opname.startswith(("STORE", "RETURN", "FOR_ITER", "POP_TOP")):
+            return False
+    return False
 
 
 def _record_augmented(name: str) -> None:

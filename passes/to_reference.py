@@ -11,7 +11,6 @@ from collections import defaultdict
 import torch
 from torch.fx import Node
 
-from fxq.errors import CalibrationError
 from fxq.graph_module import QuantModule, free_path, get_attribute, set_tensor
 from fxq.numerics import quantize
 from fxq.op_table import Backend, sharing_ends
@@ -24,11 +23,7 @@ from fxq.spec import QParams
 
 
 class ToReference(Pass):
-    """Observers go, quantize and dequantize nodes come.
-
-    Raises:
-        CalibrationError: if no observer saw any data.
-    """
+    """Observers go, quantize and dequantize nodes come."""
 
     requires = frozenset({"observed"})
     ensures = frozenset({"reference"})
@@ -69,13 +64,7 @@ class ToReference(Pass):
     def _collect(self, module: QuantModule, plan: QuantPlan) -> dict[int, QParams]:
         """Qparams of every group; regions whose observers saw nothing go back to float."""
         observers = {group: module.get_submodule(path) for group, path in plan.observers.items()}
-        activations = {group for group, observer in observers.items() if observer.enabled}
-        silent = {group for group in activations if not observers[group].has_data}
-        if activations and silent == activations:
-            raise CalibrationError(
-                "no observer saw any data: run fxq.calibrate(prepared, data), or prepared(batch) on some batches, "
-                "before converting"
-            )
+        silent = {group for group, observer in observers.items() if observer.enabled and not observer.has_data}
         names = {slot.node for slot, group in plan.groups.items() if group in silent}
         plan.make_float([region for region in plan.regions if names & set(region.nodes)], NEVER_OBSERVED)
         qparams = {

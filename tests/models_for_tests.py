@@ -50,6 +50,17 @@ class Two(Lambda):
         return self.function(self, x, y)
 
 
+def checked(m: nn.Module, x: torch.Tensor) -> Any:
+    """A forward with checks of every kind; not in a test module, because pytest rewrites what asserts there."""
+    assert x.dim() == 4, f"not an image: {x.shape}"
+    assert not x.is_complex()
+    assert x.shape[1] == 3 and x.shape[2] > 0
+    if x.shape[1] != 3:
+        raise ValueError(f"{x.shape[1]} channels")
+    print("called")
+    return m.a(x)  # type: ignore[operator]
+
+
 def randomize(model: nn.Module) -> nn.Module:
     """Give every norm layer statistics and an affine map that a test cannot miss."""
     for module in model.modules():

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models_for_tests import Lambda, canonical, conv, fresh, same
+from models_for_tests import Lambda, canonical, checked, conv, fresh, same
 from torch import nn
 
 import fxq
@@ -247,3 +247,25 @@ def test_several_threads_trace_and_run_models_at_once():
 
     with ThreadPoolExecutor(len(models)) as pool:
         list(pool.map(work, range(len(models))))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8), (2, 4, 8, 8), (2, 3, 0, 8)])
+def test_checks_that_raise_are_traced_and_still_made(shape):
+    model = Lambda(checked, a=nn.Conv2d(3, 4, 3, padding=1))
+    module, untraceable = trace(model, (torch.randn(2, 3, 8, 8),), {})
+    assert not untraceable
+    x = torch.randn(5, 3, 6, 6)
+    assert torch.equal(module(x), model(x))
+    with pytest.raises(AssertionError, match="a check of the model fails"):
+        module(torch.randn(shape))
+
+
+def test_a_branch_that_does_more_than_raise_is_not_traced():
+    def forward(m, x):
+        if x.sum() > 0:
+            m.seen = True
+            raise ValueError
+        return x
+
+    with pytest.raises(TraceError, match="control flow"):
+        trace(Lambda(forward), (torch.randn(2),), {})

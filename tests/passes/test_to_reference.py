@@ -12,7 +12,7 @@ from torch import nn
 
 import fxq
 from fxq.backends import get_backend
-from fxq.errors import CalibrationError, PlanError
+from fxq.errors import PlanError
 from fxq.graph_module import get_attribute
 from fxq.observers import Observer
 from fxq.pass_base import Pipeline
@@ -80,8 +80,9 @@ def test_shared_outputs_are_quantized_like_their_input():
 
 
 def test_uncalibrated():
-    with pytest.raises(CalibrationError, match="calibrate"):
-        referenced(lambda m, x: m.b(m.a(x)), calibrated=False)
+    module, *_ = referenced(lambda m, x: m.b(m.a(x)), calibrated=False)
+    assert quantizes(module) == 0 and not module.plan.regions
+    assert {decision.reason for decision in module.plan.decisions.values()} == {NEVER_OBSERVED}
 
 
 def test_regions_that_saw_nothing_become_float():
