@@ -19,7 +19,7 @@ from torch import nn
 from fxq.api import lower
 from fxq.backends import BACKENDS, get_backend
 from fxq.errors import BackendError, FileFormatError, FxqError
-from fxq.graph_json import decode_graph, decode_plan, encode_graph, encode_plan
+from fxq.graph_json import check_loaded, decode_graph, decode_plan, encode_graph, encode_plan
 from fxq.graph_module import QuantModule, get_attribute, plan_of, set_tensor
 from fxq.op_table import Backend
 from fxq.partition import partition_of
@@ -69,16 +69,18 @@ def load_reference(path: str | Path) -> QuantModule:
     """
     content = _verified(path)
     try:
-        graph = decode_graph(content["nodes"])
+        tensors = content["tensors"]
+        graph = decode_graph(content["nodes"], tensors.keys())
         plan = decode_plan(content["plan"])
         root = nn.Module()
-        for name, tensor in content["tensors"].items():
-            set_tensor(root, name, tensor)
+        for name, tensor in tensors.items():
+            set_tensor(root, name, _plain(name, tensor))
         module = QuantModule(root, graph, plan.model)
         module.graph.lint()
         plan.check(graph)
-    except FileFormatError:
-        raise
+        check_loaded(plan, graph)
+    except FileFormatError as error:
+        raise FileFormatError(f"{path}: {error}") from error
     except Exception as error:
         raise FileFormatError(f"{path}: its graph is malformed ({type(error).__name__}: {error})") from error
     module.meta["fxq"] = plan
@@ -100,7 +102,18 @@ def load(path: str | Path, backend: str | Backend | None = None) -> nn.Module:
     if isinstance(backend, str) and backend not in BACKENDS:
         raise BackendError(f"{path}: made for the backend '{backend}'; load it with backend= that table, or {_NAMES}")
     reference.meta[BACKEND] = get_backend(backend) if isinstance(backend, str) else backend
-    return lower(reference, backend)
+    try:
+        return lower(reference, backend)
+    except FxqError:
+        raise
+    except Exception as error:
+        raise FileFormatError(f"{path}: its graph cannot be lowered ({type(error).__name__}: {error})") from error
+
+
+def _plain(name: str, tensor: Any) -> torch.Tensor:
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
+        raise FileFormatError(f"what is stored as '{name}' is no plain tensor")
+    return tensor  # type: ignore[no-any-return]
 
 
 def _verified(path: str | Path) -> dict[str, Any]:

@@ -1,0 +1,305 @@
+"""Files written by someone who means harm: whatever the JSON says, it is refused before any of it runs."""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import io
+import json
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models_for_tests import Lambda, conv
+from test_serialization import HEADER, reference_of
+
+import fxq
+from fxq.errors import FileFormatError, FxqError
+from fxq.graph_json import _functions, decode_graph, encode_graph
+
+X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+Content = dict[str, Any]
+Edit = Callable[[Content, dict[str, Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    net = Lambda(lambda m, x: torch.relu(m.a(x)).reshape(x.shape[0], -1).cumsum(1), a=conv())
+    path = tmp_path_factory.mktemp("honest") / "net.fxq"
+    fxq.save(reference_of(net, X), path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def forged(honest: bytes, tmp_path: Path) -> Callable[[Edit], Path]:
+    """Write the honest file with an edit, under a checksum that fits."""
+
+    def forge(edit: Edit) -> Path:
+        archive = torch.load(io.BytesIO(honest[HEADER:]), weights_only=True)
+        content = json.loads(archive["graph"])
+        edit(content, archive["tensors"])
+        buffer = io.BytesIO()
+        torch.save({"graph": json.dumps(content), "tensors": archive["tensors"]}, buffer)
+        payload = buffer.getvalue()
+        path = tmp_path / "forged.fxq"
+        path.write_bytes(honest[:8] + hashlib.sha256(payload).digest() + payload)
+        return path
+
+    return forge
+
+
+def node(content: Content, op: str, target: str = "") -> dict[str, Any]:
+    return next(n for n in content["nodes"] if n["op"] == op and n["target"].startswith(target))
+
+
+def set_in(op: str, key: str, value: Any) -> Edit:
+    return lambda content, _: node(content, op).__setitem__(key, value)
+
+
+def call(target: str, *args: Any) -> Edit:
+    """A node more, before the output."""
+    record = {"name": "evil", "op": "call_function", "target": target, "args": {"tuple": list(args)}}
+    return lambda content, _: content["nodes"].insert(-1, record | {"kwargs": {"dict": []}})
+
+
+def method(name: str) -> Edit:
+    return set_in("call_method", "target", name)
+
+
+def plan(key: str, value: Any) -> Edit:
+    return lambda content, _: content["plan"].__setitem__(key, value)
+
+
+def test_the_honest_file_loads(forged: Callable[[Edit], Path]) -> None:
+    loaded = fxq.load(forged(lambda content, _: None))
+    assert loaded(X).shape == (1, 256)
+    assert {n.op for n in fxq.load_reference(forged(lambda c, _: None)).graph.nodes} >= {"call_method", "get_attr"}
+
+
+FUNCTIONS = [
+    "operator:call", "operator:methodcaller", "operator:attrgetter", "torch:load", "torch:from_file", "os:system",
+    "posix:system", "builtins:eval", "builtins:exec", "builtins:__import__", "functional:__builtins__", "system",
+    "torch:_C", "torch:from_numpy", "torch:frombuffer", "torch:sparse_coo_tensor", "torch.functional:torch", "",
+    "torch:quantized_max_pool2d", "fxq:save", "functional:_canonical_mask", "functional:importlib",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", FUNCTIONS)
+def test_a_function_that_is_not_listed(target: str, forged: Callable[[Edit], Path]) -> None:
+    with pytest.raises(FileFormatError, match="'evil' names the function"):
+        fxq.load_reference(forged(call(target, "touch /tmp/x")))
+
+
+METHODS = ["__class__", "__reduce__", "map_", "apply_", "set_", "data_ptr", "numpy", "register_hook", "backward",
+           "storage", "untyped_storage", "__init__", "share_memory_", "nope", "as_subclass"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_is_not_listed(name: str, forged: Callable[[Edit], Path]) -> None:
+    with pytest.raises(FileFormatError, match=f"names the method '{name}'"):
+        fxq.load_reference(forged(method(name)))
+
+
+ATTRIBUTES = ["__class__", "__globals__", "grad_fn", "__dict__", "storage", "__reduce_ex__", ""]
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_an_attribute_that_is_not_listed(name: str, forged: Callable[[Edit], Path]) -> None:
+    with pytest.raises(FileFormatError, match="reads the attribute"):
+        fxq.load_reference(forged(call("builtins:getattr", {"node": "x"}, name)))
+
+
+def test_an_attribute_named_by_a_node(forged: Callable[[Edit], Path]) -> None:
+    with pytest.raises(FileFormatError):
+        fxq.load_reference(forged(call("builtins:getattr", {"node": "x"}, {"node": "x"})))
+
+
+INJECTIONS: dict[str, Edit] = {
+    "input": set_in("placeholder", "target", "x=HIT()"),
+    "input-lines": set_in("placeholder", "target", "x):\n    HIT()\ndef g(y"),
+    "star": set_in("placeholder", "target", "***x"),
+    "keyword": set_in("call_function", "kwargs", {"dict": [["a=HIT(),b", 1]]}),
+    "keyword-number": set_in("call_function", "kwargs", {"dict": [[1, 1]]}),
+    "path": set_in("get_attr", "target", 'a") if HIT() else ("'),
+    "stored-path": lambda content, tensors: (
+        tensors.__setitem__('a") if HIT() else ("', torch.ones(1)),
+        node(content, "get_attr").__setitem__("target", 'a") if HIT() else ("'),
+    ),
+    "globals": set_in("get_attr", "target", "forward.__globals__"),
+    "module": set_in("get_attr", "target", "meta"),
+    "name": set_in("call_function", "name", "a = HIT()"),
+    "name-reserved": set_in("placeholder", "name", "print"),
+}
+
+
+@pytest.mark.parametrize("edit", INJECTIONS.values(), ids=INJECTIONS)
+def test_nothing_is_written_into_code(
+    edit: Edit, forged: Callable[[Edit], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hits: list[int] = []
+    monkeypatch.setattr(builtins, "HIT", lambda: hits.append(1), raising=False)
+    with pytest.raises(FileFormatError, match=r"forged\.fxq"):
+        fxq.load_reference(forged(edit))(X)
+    assert not hits
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+MALFORMED: dict[str, Edit] = {
+    "unknown kind": set_in("call_method", "op", "call_module"),
+    "kind is a list": set_in("call_method", "op", []),
+    "target is a number": set_in("call_function", "target", 3),
+    "target is a list": set_in("call_function", "target", ["op:relu"]),
+    "duplicate": lambda content, _: content["nodes"].insert(1, dict(content["nodes"][0])),
+    "node used before it is": lambda content, _: content["nodes"].reverse(),
+    "no output": lambda content, _: content["nodes"].pop(),
+    "two outputs": lambda content, _: content["nodes"].append({**content["nodes"][-1], "name": "output_1"}),
+    "args is text": set_in("call_function", "args", "abc"),
+    "args is a number": set_in("call_function", "args", 1),
+    "no args": set_in("call_method", "args", {"tuple": []}),
+    "kwargs is a list": set_in("call_function", "kwargs", [1]),
+    "unknown value": set_in("call_method", "args", {"code": "1"}),
+    "value of two kinds": set_in("call_method", "args", {"tuple": [], "dict": []}),
+    "unknown dtype": set_in("call_method", "args", {"tuple": [{"node": "x"}, {"dtype": "load"}]}),
+    "unknown node": set_in("call_method", "args", {"tuple": [{"node": "nope"}]}),
+    "deep": set_in("call_method", "args", nested(900)),
+    "nodes is a dict": lambda content, _: content.__setitem__("nodes", {"a": 1}),
+    "a node is null": lambda content, _: content["nodes"].insert(0, None),
+    "no nodes": lambda content, _: content["nodes"].clear(),
+    "tensor is missing": lambda _, tensors: tensors.clear(),
+    "tensor is a number": lambda _, tensors: tensors.update(dict.fromkeys(tensors, 1)),
+    "tensor is sparse": lambda _, tensors: tensors.update({k: t.to_sparse() for k, t in tensors.items()}),
+    "tensor shadows a method": lambda _, tensors: tensors.__setitem__("forward", torch.ones(1)),
+    "tensor of no name": lambda _, tensors: tensors.__setitem__("", torch.ones(1)),
+    "stage": plan("stage", "lowered"),
+    "unknown stage": plan("stage", "nope"),
+    "stage is a list": plan("stage", []),
+    "backend is a number": plan("backend", 3),
+    "model is null": plan("model", None),
+    "notes": plan("notes", [1]),
+    "notes is null": plan("notes", None),
+    "macs": plan("macs", {"a": "many"}),
+    "properties": plan("properties", []),
+    "weight_bytes": plan("weight_bytes", ["1", 2]),
+    "weight_bytes is short": plan("weight_bytes", [1]),
+    "facts": plan("facts", {"x": [["a"], "float32"]}),
+    "facts of an unknown dtype": plan("facts", {"x": [[1], "system"]}),
+    "no decisions": plan("decisions", {}),
+    "decision of no node": lambda content, _: content["plan"]["decisions"].__setitem__("no", ["shape", None, None, ""]),
+    "decision without a reason": lambda content, _: content["plan"]["decisions"].update(
+        {name: ["float", None, None, ""] for name in content["plan"]["decisions"]}
+    ),
+    "decision's row": lambda content, _: content["plan"]["decisions"].update(
+        {name: ["int8", 3, None, ""] for name in content["plan"]["decisions"]}
+    ),
+    "region of no nodes": plan("regions", [["conv2d", [], []]]),
+    "region of other nodes": plan("regions", [["conv2d", ["nope"], []]]),
+    "slot of no node": plan("specs", []),
+    "spec": lambda content, _: content["plan"]["specs"][0][2].__setitem__("quant_max", 300),
+    "spec's observer": lambda content, _: content["plan"]["specs"][0][2].__setitem__("observer", 3),
+    "spec of another field": lambda content, _: content["plan"]["specs"][0][2].__setitem__("evil", 3),
+    "group": lambda content, _: content["plan"]["groups"][0].__setitem__(2, "x"),
+    "fixed": plan("fixed", [[0, "1", None]]),
+    "fusion": plan("fusions", [["fold", 1, 2, 3]]),
+    "origins": plan("origins", {"x": [1, 2]}),
+    "containers": plan("containers", [1]),
+    "untraceable": plan("untraceable", {"a": 1}),
+    "attributes": plan("attributes", [1]),
+}
+
+
+@pytest.mark.parametrize("edit", MALFORMED.values(), ids=MALFORMED)
+def test_malformed(edit: Edit, forged: Callable[[Edit], Path]) -> None:
+    with pytest.raises(FileFormatError, match=r"forged\.fxq: "):
+        fxq.load_reference(forged(edit))
+
+
+def test_any_key_may_be_missing_or_of_another_type(forged: Callable[[Edit], Path], honest: bytes) -> None:
+    content = json.loads(torch.load(io.BytesIO(honest[HEADER:]), weights_only=True)["graph"])
+    for key in content["plan"]:
+        with pytest.raises(FileFormatError):
+            fxq.load_reference(forged(lambda c, _, key=key: c["plan"].pop(key)))
+        for wrong in (7, None, "x", [[[]]]):
+            if key in ("backend", "model") and wrong == "x":
+                continue
+            with pytest.raises(FileFormatError):
+                fxq.load_reference(forged(plan(key, wrong)))
+    for key in content["nodes"][0]:
+        with pytest.raises(FileFormatError):
+            fxq.load_reference(forged(lambda c, _, key=key: c["nodes"][2].pop(key)))
+
+
+def test_arguments_that_no_kernel_takes(forged: Callable[[Edit], Path]) -> None:
+    def edit(content: Content, _: Any) -> None:
+        args = node(content, "call_function", "op:conv2d")["args"]["tuple"]
+        args[3:] = ["one", {"tuple": [1, 1]}, 1, "groups"]
+
+    with pytest.raises(FileFormatError, match=r"forged\.fxq: its graph cannot be lowered"):
+        fxq.load(forged(edit))
+
+
+PICKLED_CALL = b"\x80\x02cos\nsystem\nq\x00X\x02\x00\x00\x00idq\x01\x85q\x02R."
+
+
+@pytest.mark.parametrize("payload", [b"", b"PK\x03\x04", PICKLED_CALL])
+def test_another_archive(payload: bytes, honest: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "forged.fxq"
+    path.write_bytes(honest[:8] + hashlib.sha256(payload).digest() + payload)
+    with pytest.raises(FileFormatError, match="malformed"):
+        fxq.load(path)
+
+
+@pytest.mark.parametrize(
+    "content", [[1], {"graph": "{}"}, *({"graph": text, "tensors": {}} for text in (1, "[]", "{}", '{"nodes": ['))]
+)
+def test_another_content(content: Any, honest: bytes, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    test_another_archive(buffer.getvalue(), honest, tmp_path)
+
+
+def test_what_a_file_may_call_runs_nothing_it_is_given() -> None:
+    """No function of the list is one that evaluates, imports, opens or calls by name."""
+    dangerous = {eval, exec, compile, open, __import__, setattr, delattr, vars, globals, operator.attrgetter}
+    functions = _functions()
+    assert not dangerous & set(functions.values())
+    assert not [name for name in functions if name.split(":")[1].startswith("_") and name != "torch:_assert"]
+
+
+def test_values_round_trip() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    for index in [(slice(None), Ellipsis, None), (slice(1, None, 2), 3), (x, slice(x, None, None))]:
+        graph.call_function(operator.getitem, (x, index))
+    graph.call_function(torch.clamp, (x,), {"min": float("-inf"), "max": 0.1 + 0.2})
+    graph.call_function(torch.zeros, ([2, 3],), {"dtype": torch.int8, "device": torch.device("cpu")})
+    graph.call_method("contiguous", (x,), {"memory_format": torch.channels_last})
+    graph.output({"a": x, "b": (x, [x, "text", True, None])})
+    again = decode_graph(json.loads(json.dumps(encode_graph(graph))), ())
+    assert [n.format_node() for n in again.nodes] == [n.format_node() for n in graph.nodes]
+    assert [(n.args, n.kwargs).__repr__() for n in again.nodes] == [(n.args, n.kwargs).__repr__() for n in graph.nodes]
+    assert [n.target for n in again.nodes] == [n.target for n in graph.nodes]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda g, x: g.call_function(print, (x,)), r"node 'print_1' calls .*print"),
+        (lambda g, x: g.call_method("backward", (x,)), r"node 'backward' calls the method 'backward'"),
+        (lambda g, x: g.call_module("layer", (x,)), r"node 'layer' calls the module 'layer'"),
+        (lambda g, x: g.call_function(torch.add, (x, 1j)), r"node 'add' has an argument of type complex"),
+    ],
+)
+def test_what_a_file_cannot_hold(build: Callable[[torch.fx.Graph, torch.fx.Node], Any], message: str) -> None:
+    graph = torch.fx.Graph()
+    build(graph, graph.placeholder("x"))
+    with pytest.raises(FxqError, match=message):
+        encode_graph(graph)
