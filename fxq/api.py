@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fxq.backends import get_backend
-from fxq.calibration import ForwardFn, calibrate, forward_parameters, model_inputs
+from fxq.calibration import ForwardFn, calibrate, forward_parameters, iterate, model_inputs
 from fxq.config import QConfig, QConfigMapping
 from fxq.engine import require_engine
 from fxq.errors import CalibrationError, FxqWarning, StageError
@@ -70,7 +70,7 @@ def quantize(
     if example_inputs is None:
         if forward_fn is not None:
             raise CalibrationError("forward_fn needs example_inputs: a batch does not tell how the model is called")
-        batches = iter(calibration_data)
+        batches = iterate(calibration_data)
         first = next(batches, None)
         if first is None:
             raise CalibrationError("the calibration data is empty: give at least one batch")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,18 +45,19 @@ def calibrate(
         >>> fxq.calibrate(prepared, [torch.rand(8, 3, 224, 224) for _ in range(4)])   # doctest: +SKIP
     """
     regions_of(prepared, Stage.PREPARED)
+    if num_batches is not None and num_batches < 1:
+        raise CalibrationError(f"num_batches={num_batches}: calibration needs at least one batch")
     parameters = forward_parameters(prepared)
     show = sys.stderr.isatty() if progress is None else progress
-    batches = tqdm(itertools.islice(data, num_batches), "calibrate", _length(data, num_batches), disable=not show)
+    chosen = itertools.islice(iterate(data), num_batches)
+    batches = tqdm(chosen, "calibrate", _length(data, num_batches), disable=not show)
     seen = 0
     with torch.no_grad():
         for batch in batches:
             if forward_fn is not None:
                 forward_fn(prepared, batch)
             else:
-                args, kwargs = model_inputs(batch, parameters)
-                _check_finite(args, kwargs, seen)
-                prepared(*args, **kwargs)
+                _run(prepared, *model_inputs(batch, parameters), [p.name for p in parameters], seen)
             seen += 1
     if seen == 0:
         raise CalibrationError(
@@ -100,10 +101,29 @@ def model_inputs(batch: Any, parameters: list[inspect.Parameter]) -> tuple[tuple
     return tuple(batch[: len(names)]), {}
 
 
-def _check_finite(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> None:
-    for name, value in [*enumerate(args), *kwargs.items()]:
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise CalibrationError(f"input {name!r} of calibration batch {batch} has NaN or infinite values")
+def iterate(data: Iterable[Any]) -> Iterator[Any]:
+    """``iter(data)``; raises CalibrationError for what is no iterable."""
+    try:
+        return iter(data)
+    except TypeError as error:
+        raise CalibrationError(
+            f"the calibration data is of type {type(data).__name__}; give an iterable of batches, e.g. a list of "
+            f"tensors or a DataLoader"
+        ) from error
+
+
+def _run(prepared: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str], batch: int) -> None:
+    """One batch; where an observer met NaN or inf that was in the inputs already, the error says so."""
+    try:
+        prepared(*args, **kwargs)
+    except CalibrationError as error:
+        given = dict(zip([*names, *range(len(names), len(args))], args, strict=False)) | kwargs
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+                raise CalibrationError(
+                    f"input {name!r} of calibration batch {batch} has NaN or infinite values: clean the data ({error})"
+                ) from error
+        raise
 
 
 def _length(data: Iterable[Any], num_batches: int | None) -> int | None:
