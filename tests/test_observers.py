@@ -13,7 +13,7 @@ import torch
 from fxq import observers
 from fxq.errors import CalibrationError, ConfigError
 from fxq.numerics import choose_qparams
-from fxq.observers import OBSERVERS, SAMPLE_SIZE, Observer, ObserverKind, make_observer, sampling_step
+from fxq.observers import OBSERVERS, SAMPLE_SIZE, Observer, ObserverKind, make_observer, sample_limit, sampling_step
 from fxq.ranges import histogram_range, percentile_range
 from fxq.spec import QuantSpec
 from fxq.statistics import HistogramStatistics, MinMaxStatistics
@@ -196,7 +196,7 @@ def test_merge_of_different_specs_refused():
 def test_sampling_step_shares_no_factor(numel):
     step = sampling_step(numel)
     assert math.gcd(step, numel) <= 1 or numel == 0
-    assert numel <= step * SAMPLE_SIZE
+    assert numel <= step * sample_limit(numel)
     assert (step == 1) == (numel <= SAMPLE_SIZE)
 
 
@@ -208,7 +208,7 @@ def test_large_activations_are_sampled_evenly_and_weights_are_not():
         stats = observed(UINT8, x.contiguous(memory_format=memory_format)).statistics
         assert stats.high.item() == 200.0 and stats.count == x.numel()
         used = stats.counts[stats.counts > 0]
-        assert stats.counts.sum() <= SAMPLE_SIZE
+        assert stats.counts.sum() <= sample_limit(x.numel())
         assert len(used) >= 64 and used[:64].min() > 0.9 * used[:64].max()
     weight = torch.randn(4, 1 << 17)
     assert observed(WEIGHT.replace(observer="mse"), weight).statistics.counts.sum() == weight.numel()
