@@ -86,8 +86,13 @@ class Canonicalize(Pass):
         return [user for user in source.users if self._order.get(user, -1) > position]
 
     def _make_functional(self, node: Node, source: Node) -> bool:
-        """Let later readers of an overwritten tensor read ``node``; False where another name of it is read later."""
-        for other in aliases(source, self.ops):
+        """Let later readers of an overwritten tensor read ``node``; False where another name of it is read later, or
+        the model itself keeps it.
+        """
+        names = aliases(source, self.ops)
+        if names[0].op == "get_attr":
+            return False
+        for other in names:
             made_before = self._order[other] < self._order[node]
             if other is not source and made_before and self._later_readers(other, node):
                 return False

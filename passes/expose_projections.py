@@ -18,7 +18,7 @@ from fxq.config import ResolvedConfig, qualified_name
 from fxq.graph_module import QuantModule, free_path, get_attribute, set_tensor
 from fxq.ops import GETITEM, LINEAR, Signature
 from fxq.pass_base import Pass
-from fxq.plan import ATTENTION, Fusion, Origin, QuantPlan, float_decision
+from fxq.plan import ATTENTION, EXCLUDED, Fusion, Origin, QuantPlan, float_decision
 
 _MULTIHEAD = Signature(
     "query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, "
@@ -46,15 +46,23 @@ class ExposeProjections(Pass):
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
         exposed = 0
         for node in list(module.graph.nodes):
-            if self.config.lookup(plan.origin(node.name), "") is None:
+            is_multihead = node.op == "call_module" and _is_multihead(module.get_submodule(str(node.target)))
+            windows = _WINDOW_FUNCTIONS.get(qualified_name(node.target)) if node.op == "call_function" else None
+            if not is_multihead and windows is None:
                 continue
-            if node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.MultiheadAttention:
+            if self.config.lookup(plan.origin(node.name), "") is None:
+                plan.decisions[node.name] = float_decision(EXCLUDED)
+            elif windows is not None:
+                exposed += _Exposure(node, module, plan).windows(windows)
+            else:
                 exposed += _Exposure(node, module, plan).multihead()
-            elif node.op == "call_function" and qualified_name(node.target) in _WINDOW_FUNCTIONS:
-                exposed += _Exposure(node, module, plan).windows(_WINDOW_FUNCTIONS[qualified_name(node.target)])
         module.graph.eliminate_dead_code()
         module.delete_all_unused_submodules()
         return exposed
+
+
+def _is_multihead(leaf: nn.Module) -> bool:
+    return type(leaf) is nn.MultiheadAttention
 
 
 class _Exposure:
@@ -71,6 +79,9 @@ class _Exposure:
         parts = {user: user.args[1] for user in self.node.users if user.target is operator.getitem}
         if values is None or leaf.bias_k is not None or leaf.add_zero_attn or len(parts) < len(self.node.users):
             return False
+        if not all(isinstance(part, int) for part in parts.values()):
+            return False
+        parts = {user: part % 2 for user, part in parts.items()}
         needs_weights = 1 in parts.values() and values["need_weights"]
         with self.node.graph.inserting_before(self.node):
             projected = [

@@ -12,12 +12,12 @@ import torch
 from torch import fx
 from torch.fx import Node
 
+from fxq.aliases import overwrites
 from fxq.graph_module import QuantModule, free_path, get_attribute, set_tensor
-from fxq.ops import DROPOUT, Dictionary
+from fxq.ops import Dictionary
 from fxq.pass_base import Pass
 from fxq.plan import QuantPlan
 
-_RANDOM = ("bernoulli", "dropout", "empty", "multinomial", "normal", "poisson", "rand")
 _PURE_MODULES = ("torch", "torchvision", "_operator", "operator")
 
 
@@ -35,7 +35,13 @@ class FoldConstants(Pass):
             if node.op == "get_attr":
                 values[node] = get_attribute(module, str(node.target))
             elif self._is_pure(node) and all(source in values for source in node.all_input_nodes):
-                values[node] = _evaluate(node, values)
+                before = torch.get_rng_state()
+                value = _evaluate(node, values)
+                if torch.equal(before, torch.get_rng_state()):
+                    values[node] = value
+                else:  # random, and so no constant
+                    torch.set_rng_state(before)
+        _remove_written(values, module)
         folded = [node for node in values if node.op != "get_attr" and _leaves(node, values)]
         for node in folded:
             self._replace(node, values[node], module, plan)
@@ -49,9 +55,9 @@ class FoldConstants(Pass):
             return False
         op = self.ops.op_of(node)
         if op is not None:
-            return op is not DROPOUT
+            return True
         name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-        if name.endswith("_") or name.startswith(_RANDOM) or name.startswith("new_"):
+        if overwrites(node, None) or "out" in node.kwargs or name.startswith(("empty", "new_")):
             return False
         if node.op == "call_function":
             module = getattr(node.target, "__module__", None) or "torch"
@@ -73,6 +79,26 @@ def _evaluate(node: Node, values: dict[Node, Any]) -> Any:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _remove_written(values: dict[Node, Any], module: QuantModule) -> None:
+    """Take out the tensors whose memory some node of the graph overwrites, and what is computed from them."""
+    written = set()
+    for node in module.graph.nodes:
+        leaf = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if node.op.startswith("call_") and (overwrites(node, leaf) or "out" in node.kwargs):
+            written |= {memory for source in node.all_input_nodes for memory in _memory(values.get(source))}
+    for node in list(values):
+        if written & _memory(values[node]) or any(source not in values for source in node.all_input_nodes):
+            del values[node]
+
+
+def _memory(value: Any) -> set[int]:
+    """Addresses of the tensors in a value."""
+    if isinstance(value, torch.Tensor):
+        return {value.untyped_storage().data_ptr()}
+    items = value if isinstance(value, (tuple, list)) else value.values() if isinstance(value, dict) else ()
+    return {address for item in items for address in _memory(item)}
 
 
 def _leaves(node: Node, values: dict[Node, Any]) -> bool:
