@@ -91,7 +91,7 @@ def _size(count: float) -> str:
 def _share_of_macs(records: list[dict[str, Any]], left: int) -> str:
     total = left + sum(record["macs"] for record in records)
     int8 = sum(record["macs"] for record in records if record["type"] == "int8")
-    return f"{100 * int8 / total:.1f}% of {total / 1e6:.4g} million with the example inputs" if total else "none"
+    return f"{100 * int8 / total:.1f}% of {total / 1e6:,.1f} million with the example inputs" if total else "none"
 
 
 def graph_table(model: nn.Module) -> str:
