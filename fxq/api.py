@@ -80,7 +80,7 @@ def quantize(
     else:
         prepared = prepare(model, example_inputs, backend=backend, qconfig=qconfig, exclude=exclude)
     calibrate(prepared, calibration_data, num_batches=num_batches, forward_fn=forward_fn, progress=progress)
-    return convert(prepared)
+    return _convert(prepared)
 
 
 class _Chained:
@@ -161,9 +161,13 @@ def convert_to_reference(prepared: nn.Module) -> nn.Module:
         StageError: if the model was not prepared.
         CalibrationError: if no observer saw any data.
     """
+    return _to_reference(prepared, stacklevel=4)
+
+
+def _to_reference(prepared: nn.Module, stacklevel: int) -> nn.Module:
     _require_data(regions_of(prepared, Stage.PREPARED).values())
     reference = map_regions(prepared, _region_to_reference)
-    _warn_never_observed(reference)
+    _warn_never_observed(reference, stacklevel)
     return reference
 
 
@@ -185,7 +189,7 @@ def _region_to_reference(prepared: QuantModule) -> QuantModule:
     return reference
 
 
-def _warn_never_observed(reference: nn.Module) -> None:
+def _warn_never_observed(reference: nn.Module, stacklevel: int) -> None:
     silent = [
         region.plan.where(name)
         for region in regions_of(reference).values()
@@ -197,7 +201,7 @@ def _warn_never_observed(reference: nn.Module) -> None:
             f"{', '.join(silent[:5])}{' and others' if len(silent) > 5 else ''} saw no data while calibrating and "
             f"stays float; calibrate with inputs that reach it, or exclude it",
             FxqWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
@@ -210,7 +214,12 @@ def convert(prepared: nn.Module) -> nn.Module:
     Raises:
         StageError, CalibrationError: as :func:`convert_to_reference`.
     """
-    return map_regions(convert_to_reference(prepared), lambda region: lower_graph(region, region.meta[BACKEND]))
+    return _convert(prepared)
+
+
+def _convert(prepared: nn.Module) -> nn.Module:
+    reference = _to_reference(prepared, stacklevel=5)
+    return map_regions(reference, lambda region: lower_graph(region, region.meta[BACKEND]))
 
 
 def lower(reference: nn.Module, backend: str | Backend) -> nn.Module:

@@ -35,11 +35,12 @@ class QuantModule(fx.GraphModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         lowered = "fxq" in self.meta and self.plan.stage is Stage.LOWERED
         try:
-            if not lowered:
+            if not lowered:  # a quantize of torch refuses other dtypes itself
+                _require_float32(self, args, kwargs)
                 return super().__call__(*args, **kwargs)
             with running():
                 return super().__call__(*args, **kwargs)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             explanation = explain_inputs(self, args, kwargs)
             if explanation is None:
                 raise
@@ -121,6 +122,20 @@ def copy_module(module: QuantModule) -> QuantModule:
     return copy.deepcopy(module)
 
 
+def _require_float32(module: QuantModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if "fxq" not in module.meta:
+        return
+    names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+    for name, value in (dict(zip(names, args, strict=False)) | kwargs).items():
+        fact = module.plan.facts.get(name)
+        if fact is not None and fact.is_float32 and isinstance(value, torch.Tensor) and value.dtype != fact.dtype:
+            raise InputError(_wrong_dtype(name, value, fact))
+
+
+def _wrong_dtype(name: str, value: torch.Tensor, fact: TensorFact) -> str:
+    return f"input '{name}' is {value.dtype}; the model was prepared for {fact.dtype}: convert it with .to()"
+
+
 def explain_inputs(module: QuantModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """What is wrong with the inputs of a failed call, or ``None`` if nothing is seen to be."""
     if "fxq" not in module.meta:
@@ -133,7 +148,7 @@ def explain_inputs(module: QuantModule, args: tuple[Any, ...], kwargs: dict[str,
         if not isinstance(value, torch.Tensor):
             return f"input '{name}' is a {type(value).__name__}; the model takes a tensor of {_describe(fact)}"
         if value.dtype != fact.dtype:
-            return f"input '{name}' is {value.dtype}; the model was prepared for {fact.dtype}: convert it with .to()"
+            return _wrong_dtype(name, value, fact)
         channels_differ = value.dim() > 1 and value.shape[1:2] != fact.shape[1:2]
         if value.dim() != len(fact.shape) or channels_differ:
             return f"input '{name}' has shape {list(value.shape)}; the model was prepared with {_describe(fact)}"

@@ -91,7 +91,8 @@ def _size(count: float) -> str:
 def _share_of_macs(records: list[dict[str, Any]], left: int) -> str:
     total = left + sum(record["macs"] for record in records)
     int8 = sum(record["macs"] for record in records if record["type"] == "int8")
-    return f"{100 * int8 / total:.1f}% of {total / 1e6:,.1f} million with the example inputs" if total else "none"
+    count = f"{total / 1e6:,.1f} million" if total >= 1e5 else f"{total:,}"
+    return f"{100 * int8 / total:.1f}% of {count} with the example inputs" if total else "none"
 
 
 def graph_table(model: nn.Module) -> str:
@@ -194,7 +195,7 @@ def backends() -> str:
         available = "yes" if backend.engine in available_engines() else "no: not in this torch"
         bits = f"{backend.activation.bits} / {backend.weight.bits}"
         rows.append([name, backend.engine, available, bits, len(backend.rows), "; ".join(backend.notes)])
-    headers = ["backend", "engine", "available", "bits: activations / weights", "rows", "why"]
+    headers = ["backend", "engine", "available", "act / weight bits", "rows", "why"]
     return _table(rows, headers, [None, None, 12, 14, None, 52])
 
 
@@ -211,7 +212,8 @@ def backend_table(backend: str | Backend) -> str:
     rows = [
         [row.name, row.op.name, _tail(row), _output(row), _weights(row), row.emit.kernel] for row in backend.rows
     ]
-    text = _table(rows, ["row", "op", "fused after it", "output qparams", "weight", "kernel"], [None] * 6)
+    headers = ["row", "op", "fused after it", "output qparams", "weight", "kernel"]
+    text = _table(rows, headers, [18, 18, 14, 17, 12, 29])
     absent = [[op.name, reason.text] for op, reason in backend.absent.items()]
     return text + "\n\n" + _table(absent, ["not in int8", "why"], [None, 90])
 
