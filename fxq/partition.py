@@ -94,7 +94,7 @@ def prepare_partition(
     clone = copy_structure(model, {})
     seen, macs = _first_inputs(clone, inputs)
     left: dict[str, str] = {}
-    _prepare_children(clone, "", seen, left, prepare_region)
+    _Search(clone, seen, left, prepare_region).inside(clone, "")
     regions = [path for path, module in clone.named_modules() if isinstance(module, QuantModule)]
     if not regions:
         raise reason
@@ -127,31 +127,58 @@ def _first_inputs(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Inputs], 
     return seen, macs
 
 
-def _prepare_children(
-    module: nn.Module, path: str, seen: dict[str, Inputs], left: dict[str, str], prepare_region: PrepareRegion
-) -> int:
-    found = 0
-    for name, child in module.named_children():
-        child_path = f"{path}.{name}" if path else name
-        if not _has_weights(child):
-            continue
-        if child_path in seen:
+class _Search:
+    """Looks for the largest submodules that can be prepared, and puts what they become in their places.
+
+    Args:
+        root: the copy of the model that is changed.
+        seen: inputs of the submodules that run, by path.
+        left: gets the reason for each submodule that stays.
+    """
+
+    def __init__(
+        self, root: nn.Module, seen: Mapping[str, Inputs], left: dict[str, str], prepare_region: PrepareRegion
+    ) -> None:
+        self.seen, self.left, self.prepare_region = seen, left, prepare_region
+        self.first_path = {id(module): path for path, module in root.named_modules()}
+        self.done: dict[int, tuple[nn.Module, QuantModule | None]] = {}  # with the module, which keeps its id taken
+
+    def inside(self, module: nn.Module, path: str) -> bool:
+        """Search the children of a module; whether any became a region or has one inside."""
+        found = False
+        for name, child in module._modules.items():
+            if child is None or isinstance(child, QuantModule) or not _has_weights(child):
+                continue
+            child_path = f"{path}.{name}" if path else name
+            if id(child) not in self.done:  # a module of two names is one region
+                found |= self._child(child, child_path)
+            region = self.done[id(child)][1]
+            if region is not None:
+                setattr(module, name, region)
+        return found
+
+    def _child(self, child: nn.Module, path: str) -> bool:
+        self.done[id(child)] = child, None
+        inputs = self.seen.get(self.first_path[id(child)])
+        if inputs is None and not self._runs_in_part(child):
+            self.left[path] = "the example inputs do not reach it"
+            return False
+        if inputs is not None:
             try:
-                region = prepare_region(child, seen[child_path], child_path)
+                region = self.prepare_region(child, inputs, path)
             except TraceError as error:
-                left[child_path] = error.statement
+                self.left[path] = error.statement
             else:
                 region.plan.attributes.update(_plain_attributes(child))
-                setattr(module, name, region)
-                found += 1
-                continue
-        inside = _prepare_children(child, child_path, seen, left, prepare_region)
-        if inside:
-            left.pop(child_path, None)  # its parts are regions
-        elif child_path not in seen and not any(p.startswith(f"{child_path}.") for p in seen):
-            left[child_path] = "the example inputs do not reach it"
-        found += inside
-    return found
+                self.done[id(child)] = child, region
+                return True
+        found = self.inside(child, path)
+        if found:
+            self.left.pop(path, None)  # its parts are regions
+        return found
+
+    def _runs_in_part(self, module: nn.Module) -> bool:
+        return any(self.first_path.get(id(part)) in self.seen for part in module.modules())
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fxq.config import ResolvedConfig
+from fxq.config import ResolvedConfig, qualified_name
 from fxq.errors import TraceError
 from fxq.graph_module import QuantModule
 from fxq.op_table import Backend
@@ -56,7 +56,8 @@ def prepare_model(model: nn.Module, inputs: Inputs, table: Backend, config: Reso
     known: list[tuple[Origin, str]] = []
 
     def region(module: nn.Module, its_inputs: Inputs, path: str) -> QuantModule:
-        prepared = _prepare_region(module, its_inputs, path, table, config, known)
+        around = tuple(qualified_name(type(model.get_submodule(outer))) for outer in _ancestors(path))
+        prepared = _prepare_region(module, its_inputs, path, around, table, config, known)
         blocked = prepared.plan.blocked_macs() if path else {}
         if blocked:  # what is inside may be traceable piece by piece
             raise TraceError(f"it calls '{next(iter(blocked))}', which cannot be traced")
@@ -74,6 +75,7 @@ def _prepare_region(
     model: nn.Module,
     inputs: Inputs,
     path: str,
+    around: tuple[str, ...],
     table: Backend,
     config: ResolvedConfig,
     known: list[tuple[Origin, str]],
@@ -85,7 +87,7 @@ def _prepare_region(
     ops = table.dictionary
     Pipeline([Canonicalize(ops)])(module)
     if path:
-        plan.origins = {name: _inside(path, origin) for name, origin in plan.origins.items()}
+        plan.origins = {name: _inside(path, around, origin) for name, origin in plan.origins.items()}
     for node in module.graph.nodes:
         op = ops.op_of(node)
         known.append((plan.origin(node.name), op.name if op else ""))
@@ -94,7 +96,13 @@ def _prepare_region(
     return module
 
 
-def _inside(path: str, origin: Origin) -> Origin:
-    """The origin as seen from the whole model."""
+def _inside(path: str, around: tuple[str, ...], origin: Origin) -> Origin:
+    """The origin as seen from the whole model; ``around`` are the types of the region and of the modules around it."""
     inner = origin.module_path
-    return Origin(f"{path}.{inner}" if inner else path, origin.kind)
+    return Origin(f"{path}.{inner}" if inner else path, origin.kind, origin.around + around)
+
+
+def _ancestors(path: str) -> list[str]:
+    """``a.b`` and ``a`` for ``a.b``."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
