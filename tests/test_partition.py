@@ -1,0 +1,417 @@
+"""Models that cannot be traced as a whole: their traceable submodules are quantized in place."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from models_for_tests import conv, quiet
+from torch import nn
+
+import fxq
+from fxq.errors import CalibrationError, FxqError, FxqWarning, InputError, StageError, TraceError
+from fxq.graph_module import QuantModule
+from fxq.numerics import sqnr
+from fxq.partition import partition_of, regions_of
+from fxq.plan import NEVER_OBSERVED, Stage
+from fxq.torchvision_ops import import_torchvision
+
+X = torch.randn(2, 3, 8, 8)
+
+
+class Backbone(nn.Sequential):
+    def __init__(self):
+        super().__init__(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 4))
+        self.out_channels = 4
+        self.sizes = [(1, 2), "three"]
+        self._hidden = 1
+
+
+class Detector(nn.Module):
+    """A root that looks at the data, with parts that do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Backbone()
+        self.head = nn.ModuleDict({"box": conv(4, 4, 1), "mask": nn.Sequential(conv(4, 4), nn.ReLU(), conv(4, 2))})
+        self.rare = nn.Sequential(conv(4, 4))
+        self.norm = nn.BatchNorm2d(4)
+        self.calls = 0
+        self.eval()
+
+    def forward(self, x, scale=1.0, *, extra=None):
+        self.calls += 1
+        y = self.backbone(x * scale)
+        assert y.shape[1] == self.backbone.out_channels
+        y = self.norm(y)
+        if x.max() > 50:
+            y = self.rare(y)
+        if extra is not None:
+            y = y + extra
+        boxes = self.head["box"](y)
+        return {"boxes": boxes[boxes.mean((1, 2, 3)) > -1e9], "mask": self.head["mask"](y)}
+
+
+REGIONS = {"backbone", "head.box", "head.mask"}
+
+
+def close(model, quantized, *inputs, lowest=20.0, **keywords):
+    with torch.no_grad():
+        expected, actual = model(*inputs, **keywords), quantized(*inputs, **keywords)
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        assert sqnr(value, actual[name]) > lowest, name
+
+
+def stages(model, data=(X,), **options):
+    prepared = fxq.prepare(model, X, **options)
+    fxq.calibrate(prepared, list(data))
+    return prepared, fxq.convert_to_reference(prepared), quiet(fxq.convert, prepared)
+
+
+def snapshot(model):
+    return {
+        path: (type(module), {n: v for n, v in vars(module).items() if n not in ("_parameters", "_buffers", "_modules")
+                              and n != "calls"})
+        for path, module in model.named_modules()
+    }  # fmt: skip
+
+
+def test_every_stage():
+    model = Detector()
+    prepared, reference, lowered = stages(model)
+    for stage, made in ((Stage.PREPARED, prepared), (Stage.REFERENCE, reference), (Stage.LOWERED, lowered)):
+        assert type(made) is Detector and not made.training
+        assert regions_of(made, stage).keys() == REGIONS
+    for x in (X, torch.randn(5, 3, 12, 10)):
+        close(model, reference, x)
+        close(model, lowered, x)
+        close(reference, lowered, x, lowest=30)
+    again = quiet(fxq.lower, reference, "onednn")
+    assert {region.plan.backend for region in regions_of(again).values()} == {"onednn"}
+    close(reference, again, X, lowest=30)
+
+
+def test_quantize_in_one_call():
+    model = Detector()
+    quantized = quiet(fxq.quantize, model, [X, torch.randn(2, 3, 8, 8)], example_inputs=X)
+    close(model, quantized, X)
+    records = [record for record in fxq.graph_records(quantized) if record["macs"]]
+    assert {record["region"] for record in records} == REGIONS
+    assert {record["type"] for record in records} == {"int8"}
+
+
+def test_observers_see_what_the_whole_model_feeds_them():
+    model = Detector()
+    prepared = fxq.prepare(model, X)
+    fxq.calibrate(prepared, [X, 3 * X])
+    entry = next(r for r in fxq.observer_records(prepared) if r["region"] == "head.box" and r["watches"] == ["input_1"])
+    with torch.no_grad():
+        inside = [model.norm(model.backbone(x)) for x in (X, 3 * X)]
+    assert entry["batches"] == 2
+    torch.testing.assert_close(entry["max"], [max(y.max().item() for y in inside)], rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_by_keyword():
+    model = Detector()
+    extra = torch.randn(2, 4, 8, 8)
+    prepared = fxq.prepare(model, {"x": X, "extra": extra})
+    fxq.calibrate(prepared, [{"x": X, "extra": extra, "label": 1}])
+    lowered = quiet(fxq.convert, prepared)
+    close(model, lowered, X, extra=extra)
+    close(model, lowered, X, 0.5)
+
+
+def test_submodules_called_by_keyword():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = conv(3, 4)
+
+        def forward(self, x, *, other=None, times=1.0):
+            return self.a(x) * times if other is None else self.a(x) + other
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.stem = Head(), conv(3, 4)
+
+        def forward(self, x):
+            return {"y": self.head(x=x, other=self.stem(x)) if x.sum() > -1e9 else x}
+
+    model = Model().eval()
+    _, _, lowered = stages(model)
+    assert regions_of(lowered).keys() == {"head", "stem"}
+    close(model, lowered, X)
+
+
+def test_what_the_inputs_do_not_reach_stays_float():
+    model = Detector()
+    prepared, _, lowered = stages(model, [X, 100 * X])
+    assert partition_of(prepared).left == {"rare": "the example inputs do not reach it"}
+    assert type(lowered.rare[0]) is nn.Conv2d
+    close(model, lowered, X * 100)
+    text = fxq.summary(lowered)
+    assert "rare" in text and "do not reach it" in text
+
+
+def test_a_region_that_saw_no_data_stays_float():
+    class Model(Detector):
+        def forward(self, x):
+            y = self.backbone(x)
+            return {"y": self.rare(y) if x.max() > 50 else self.head["box"](y)}
+
+    model = Model().eval()
+    prepared = fxq.prepare(model, X * 100)
+    fxq.calibrate(prepared, [X])
+    assert regions_of(prepared).keys() == {"backbone", "rare"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reference = fxq.convert_to_reference(prepared)
+    assert [w.category for w in caught] == [FxqWarning] and "rare" in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lowered = fxq.convert(prepared)
+    for made in (reference, lowered):
+        decisions = made.rare.plan.decisions.values()
+        assert {decision.reason for decision in decisions} == {NEVER_OBSERVED}
+        close(model, made, X)
+        with torch.no_grad():  # and still computes what it did
+            torch.testing.assert_close(made.rare(X[:, :1].repeat(1, 4, 1, 1)), model.rare(X[:, :1].repeat(1, 4, 1, 1)))
+    assert "saw no data" in fxq.summary(lowered)
+
+
+def test_uncalibrated():
+    with pytest.raises(CalibrationError, match="no observer saw any data"):
+        fxq.convert(fxq.prepare(Detector(), X))
+
+
+class Sharing(nn.Module):
+    """One submodule under two names, and with ``where`` also inside another that comes after or before."""
+
+    def __init__(self, where):
+        super().__init__()
+        shared = nn.Sequential(conv(3, 3), nn.ReLU())
+        if where == "before":
+            self.c = nn.Sequential(shared, conv(3, 3))
+        self.a = self.b = shared
+        if where != "before":
+            self.c = nn.Sequential(shared, conv(3, 3)) if where == "after" else conv(3, 3)
+        self.eval()
+
+    def forward(self, x):
+        y = self.a(x) if x.sum() > -1e9 else x
+        return {"y": self.c(self.b(y * 0.5))}
+
+
+@pytest.mark.parametrize("where", ["nowhere", "after", "before"])
+def test_a_shared_submodule_is_one_region(where):
+    model = Sharing(where)
+    prepared, _, lowered = stages(model)
+    assert regions_of(lowered).keys() == {"a", "c"} and not partition_of(lowered).left
+    assert prepared.a is prepared.b and lowered.a is lowered.b
+    assert isinstance(lowered.a, QuantModule) and isinstance(lowered.c, QuantModule)
+    close(model, lowered, X)
+
+
+def test_attributes_of_a_submodule_are_still_readable():
+    _, reference, lowered = stages(Detector())
+    for made in (reference, lowered, copy.deepcopy(lowered)):
+        assert made.backbone.out_channels == 4 and made.backbone.sizes == [(1, 2), "three"]
+        for absent in ("_hidden", "no_such"):
+            with pytest.raises(AttributeError, match=absent):
+                getattr(made.backbone, absent)
+
+
+def test_tables_name_each_region():
+    prepared, _, lowered = stages(Detector())
+    for text in (fxq.summary(lowered), fxq.graph_table(lowered), fxq.observer_table(prepared)):
+        assert all(path in text for path in REGIONS)
+    assert partition_of(lowered).reason.startswith("TraceError: symbolically traced variables")
+    assert "Detector" in fxq.summary(lowered) and "3: the model cannot be traced as a whole" in fxq.summary(lowered)
+    assert "backbone.0" in fxq.fusion_table(lowered)
+
+
+def test_untraceable_all_the_way_down():
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return x @ self.w if x.sum() > 0 else x
+
+    with pytest.raises(TraceError, match="cannot be traced"):
+        fxq.prepare(Alone().eval(), torch.randn(2, 4))
+
+
+def test_untraceable_below_the_root():
+    """The search goes on inside what cannot be traced; the innermost that cannot is named."""
+
+    class Stage1(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.w = conv(3, 4), nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return self.a(x) if x.sum() > -1e9 else x
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(1, 4, 1, 1))
+
+        def forward(self, x):
+            return x * self.w if x.sum() > -1e9 else x
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.odd, self.last = Stage1(), Odd(), conv(4, 4)
+
+        def forward(self, x):
+            y = self.first(x)
+            return {"y": self.last(self.odd(y) if y.sum() > -1e9 else y)}
+
+    model = Model().eval()
+    prepared, _, lowered = stages(model)
+    assert regions_of(prepared).keys() == {"first.a", "last"}
+    left = partition_of(prepared).left
+    assert left.keys() == {"odd"} and "x * self.w if x.sum()" in left["odd"] and __file__ in left["odd"]
+    close(model, lowered, X)
+
+
+@pytest.mark.parametrize("what", ["head.mask.0", "backbone", "head.*", nn.BatchNorm2d, "conv2d", Backbone])
+def test_exclusions_by_full_path(what):
+    model = Detector()
+    _, _, lowered = stages(model, exclude=what) if what != "conv2d" else (None, None, None)
+    if what == "conv2d":
+        lowered = quiet(fxq.convert, _calibrated(fxq.prepare(model, X, exclude=[what, "head.box"])))
+    floats = {r["module"] for r in fxq.graph_records(lowered) if r["macs"] and r["type"] == "float"}
+    every = {"backbone.0", "backbone.3", "head.box", "head.mask.0", "head.mask.2"}
+    expected = {
+        "head.mask.0": {"head.mask.0"}, "backbone": {"backbone.0", "backbone.3"}, nn.BatchNorm2d: set(),
+        "head.*": {"head.box", "head.mask.0", "head.mask.2"}, "conv2d": every, Backbone: {"backbone.0", "backbone.3"},
+    }[what]  # fmt: skip
+    assert floats == expected
+    close(model, lowered, X)
+
+
+def _calibrated(prepared):
+    prepared(X)
+    return prepared
+
+
+def test_a_name_that_matches_nothing():
+    with pytest.raises(FxqError, match="matches nothing"):
+        fxq.prepare(Detector(), X, exclude="mask.0")
+
+
+def test_the_model_is_left_as_it_is():
+    model = Detector()
+    hook = model.backbone.register_forward_hook(lambda *_: None)
+    before, state = snapshot(model), {name: value.clone() for name, value in model.state_dict().items()}
+    parts = {path: id(module) for path, module in model.named_modules()}
+    calls = model.calls
+    hook.remove()
+    before = snapshot(model)
+    _, _, lowered = stages(model)
+    lowered(X)
+    assert model.calls == calls
+    assert parts == {path: id(module) for path, module in model.named_modules()}
+    after = snapshot(model)
+    assert before == after
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*model.modules(), *lowered.modules()])
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in lowered.parameters()}
+    assert not shared
+
+
+def test_copies_are_independent():
+    model = Detector()
+    prepared, _, lowered = stages(model)
+    twin = copy.deepcopy(lowered)
+    with torch.no_grad():
+        expected = lowered(X)
+        twin.norm.weight.zero_()
+        assert torch.equal(lowered(X)["boxes"], expected["boxes"])
+        assert not torch.equal(twin(X)["boxes"], expected["boxes"])
+    assert regions_of(twin, Stage.LOWERED).keys() == REGIONS
+    other = copy.deepcopy(prepared)
+    other(100 * X.clamp(max=0.4))
+    counts = [{r["batches"] for r in fxq.observer_records(p)} for p in (prepared, other)]
+    assert counts[0] != counts[1]
+
+
+def test_stages_in_the_wrong_order():
+    prepared, reference, lowered = stages(Detector())
+    for made in (prepared, reference, lowered):
+        with pytest.raises(StageError, match="already prepared"):
+            fxq.prepare(made, X)
+    with pytest.raises(StageError, match="a prepared one is needed"):
+        fxq.convert(reference)
+    with pytest.raises(StageError, match="a reference one is needed"):
+        fxq.lower(prepared, "x86")
+    with pytest.raises(StageError, match="not made by fxq"):
+        regions_of(Detector())
+
+
+def test_example_inputs_that_fail():
+    with pytest.raises(InputError, match="fails on the example inputs"):
+        fxq.prepare(Detector(), torch.randn(2, 5, 8, 8))
+
+
+def zoo(name, *args, **options):
+    torch.manual_seed(0)
+    return import_torchvision().models.get_model(name, *args, weights=None, **options).eval()
+
+
+def give_statistics(model, *inputs):
+    """BatchNorm statistics of these inputs: with random weights and none, activations all but vanish."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+        norm.reset_running_stats()
+        norm.train()
+    with torch.no_grad():
+        model(*inputs)
+    for norm in norms:
+        norm.eval()
+
+
+def share_of_macs(quantized):
+    records = fxq.graph_records(quantized)
+    total = partition_of(quantized).left_macs + sum(record["macs"] for record in records)
+    return sum(record["macs"] for record in records if record["type"] == "int8") / total
+
+
+def test_ssdlite():
+    model = zoo("ssdlite320_mobilenet_v3_large", weights_backbone=None, num_classes=5)
+    images = [torch.rand(3, 96, 96), torch.rand(3, 64, 96)]
+    give_statistics(model, images)
+    quantized = quiet(fxq.quantize, model, [images], example_inputs=(images,), forward_fn=lambda m, x: m(x))
+    assert share_of_macs(quantized) > 0.95
+    x = model.transform(images)[0].tensors
+    with torch.no_grad():
+        found = quantized(images)
+        expected, actual = model.backbone(x), quantized.backbone(x)
+    assert [image.keys() for image in found] == [{"boxes", "scores", "labels"}] * 2
+    assert all(image["boxes"].isfinite().all() for image in found)
+    assert expected.keys() == actual.keys()
+    assert sqnr(expected["0"], actual["0"]) > 8  # with random weights each later level is noisier
+
+
+def test_raft():
+    model = zoo("raft_small")
+    frames = torch.rand(2, 1, 3, 128, 128) * 2 - 1
+    give_statistics(model, *frames)
+    quantized = quiet(
+        fxq.quantize, model, [frames], example_inputs=tuple(frames), forward_fn=lambda m, b: m(*b, num_flow_updates=2)
+    )
+    assert share_of_macs(quantized) > 0.95
+    with torch.no_grad():
+        expected, actual = (m(*frames, num_flow_updates=2) for m in (model, quantized))
+    assert len(actual) == len(expected) == 2
+    assert sqnr(expected[0], actual[0]) > 10
