@@ -190,14 +190,14 @@ CONV_TRANSPOSE3D = _conv_transpose("conv_transpose3d", F.conv_transpose3d, nn.Co
 LINEAR = Op("linear", F.linear, "input, weight, bias=None", weight="weight", bias="bias", modules=(nn.Linear,))
 MATMUL = Op(
     "matmul", torch.matmul, "input, other", tensors=("input", "other"),
-    functions=(operator.matmul, torch.bmm), methods=("matmul", "bmm", "__matmul__"),
+    functions=(operator.matmul, torch.bmm, torch.mm), methods=("matmul", "bmm", "mm", "__matmul__"),
 )  # fmt: skip
 
 _BATCH_NORM = "input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5"
 BATCH_NORM = Op(
     "batch_norm", F.batch_norm, _BATCH_NORM, spellings=tuple(
         Spelling(module, derive={"training": lambda m: m.training or m.running_mean is None})
-        for module in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        for module in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     ),
 )  # fmt: skip
 LAYER_NORM = Op(
@@ -233,6 +233,10 @@ CLAMP = Op(
                  inplace=True),
         Spelling(torch.clamp_min, "input, min", fixed={"max": None}),
         Spelling(torch.clamp_max, "input, max", fixed={"min": None}),
+        Spelling(torch.clamp_min_, "input, min", fixed={"max": None}, inplace=True),
+        Spelling(torch.clamp_max_, "input, max", fixed={"min": None}, inplace=True),
+        Spelling("clamp_min_", "input, min", fixed={"max": None}, inplace=True),
+        Spelling("clamp_max_", "input, max", fixed={"min": None}, inplace=True),
         Spelling("clamp_min", "input, min", fixed={"max": None}),
         Spelling("clamp_max", "input, max", fixed={"min": None}),
     ),
@@ -244,7 +248,7 @@ LEAKY_RELU = Op(
 ELU = Op("elu", F.elu, "input, alpha=1.0, inplace=False", modules=(nn.ELU,), spellings=(
     Spelling(F.elu_, "input, alpha=1.0", inplace=True),
 ))  # fmt: skip
-PRELU = Op("prelu", F.prelu, "input, weight", functions=(torch.prelu,), modules=(nn.PReLU,))
+PRELU = Op("prelu", F.prelu, "input, weight", functions=(torch.prelu,), methods=("prelu",), modules=(nn.PReLU,))
 SIGMOID = Op(
     "sigmoid", torch.sigmoid, "input", functions=(F.sigmoid,), methods=("sigmoid",), modules=(nn.Sigmoid,),
     inplace=("sigmoid_",),
@@ -261,6 +265,7 @@ SOFTMAX = Op("softmax", torch.softmax, "input, dim", spellings=(
     Spelling(F.softmax, "input, dim=None, _stacklevel=3, dtype=None", must={"dtype": None}),
     Spelling("softmax", "input, dim, dtype=None", must={"dtype": None}),
     Spelling(nn.Softmax),
+    Spelling(nn.Softmax2d, fixed={"dim": -3}),
 ))  # fmt: skip
 
 _BINARY = ("input", "other")
@@ -271,20 +276,29 @@ ADD = Op("add", operator.add, "input, other", tensors=_BINARY, inplace=(operator
 ))  # fmt: skip
 SUB = Op("sub", operator.sub, "input, other", tensors=_BINARY, inplace=(operator.isub,), spellings=(
     Spelling(torch.sub, "input, other, *, alpha=1", must={"alpha": 1}),
+    Spelling(torch.subtract, "input, other, *, alpha=1", must={"alpha": 1}),
+    Spelling("subtract", "input, other, *, alpha=1", must={"alpha": 1}),
     Spelling("sub", "input, other, *, alpha=1", must={"alpha": 1}),
     Spelling("sub_", "input, other, *, alpha=1", must={"alpha": 1}, inplace=True),
 ))  # fmt: skip
 MUL = Op(
     "mul", operator.mul, "input, other", tensors=_BINARY,
-    functions=(torch.mul, torch.multiply), methods=("mul",), inplace=(operator.imul, "mul_"),
+    functions=(torch.mul, torch.multiply), methods=("mul", "multiply"), inplace=(operator.imul, "mul_", "multiply_"),
 )  # fmt: skip
 DIV = Op("div", operator.truediv, "input, other", tensors=_BINARY, inplace=(operator.itruediv,), spellings=(
+    Spelling(torch.true_divide),
+    Spelling("true_divide"),
+    Spelling(torch.divide, "input, other, *, rounding_mode=None", must={"rounding_mode": None}),
+    Spelling("divide", "input, other, *, rounding_mode=None", must={"rounding_mode": None}),
     Spelling(torch.div, "input, other, *, rounding_mode=None", must={"rounding_mode": None}),
     Spelling("div", "input, other, *, rounding_mode=None", must={"rounding_mode": None}),
     Spelling("div_", "input, other, *, rounding_mode=None", must={"rounding_mode": None}, inplace=True),
 ))  # fmt: skip
 
-CAT = Op("cat", torch.cat, "tensors, dim=0", tensors=("tensors",), functions=(torch.concat, torch.concatenate))
+CAT = Op("cat", torch.cat, "tensors, dim=0", tensors=("tensors",), spellings=tuple(
+    Spelling(function, "tensors, dim=None, axis=None", rename={"axis": "dim"})
+    for function in (torch.cat, torch.concat, torch.concatenate)
+))  # fmt: skip
 MAX_POOL1D = _max_pool("max_pool1d", torch.max_pool1d, F.max_pool1d, nn.MaxPool1d)
 MAX_POOL2D = _max_pool("max_pool2d", torch.max_pool2d, F.max_pool2d, nn.MaxPool2d)
 MAX_POOL3D = _max_pool("max_pool3d", torch.max_pool3d, F.max_pool3d, nn.MaxPool3d)
@@ -306,9 +320,10 @@ ADAPTIVE_AVG_POOL2D = Op(
 ADAPTIVE_AVG_POOL3D = Op(
     "adaptive_avg_pool3d", F.adaptive_avg_pool3d, "input, output_size", modules=(nn.AdaptiveAvgPool3d,),
 )  # fmt: skip
+_MEAN = "input, dim=None, keepdim=None, *, dtype=None, axis=None, keepdims=None"
 MEAN = Op("mean", torch.mean, "input, dim=None, keepdim=False", spellings=(
-    Spelling(torch.mean, "input, dim=None, keepdim=False, *, dtype=None", must={"dtype": None}),
-    Spelling("mean", "input, dim=None, keepdim=False, *, dtype=None", must={"dtype": None}),
+    Spelling(torch.mean, _MEAN, must={"dtype": None}, rename={"axis": "dim", "keepdims": "keepdim"}),
+    Spelling("mean", _MEAN, must={"dtype": None}, rename={"axis": "dim", "keepdims": "keepdim"}),
 ))  # fmt: skip
 INTERPOLATE = Op(
     "interpolate", F.interpolate,
@@ -316,11 +331,14 @@ INTERPOLATE = Op(
     "antialias=False",
     spellings=(Spelling(nn.Upsample, fixed={"antialias": False}),),
 )  # fmt: skip
-PAD = Op("pad", F.pad, "input, pad, mode='constant', value=None", spellings=(
-    Spelling(nn.ZeroPad2d, rename={"padding": "pad"}, fixed={"mode": "constant", "value": None}),
-    Spelling(nn.ConstantPad2d, rename={"padding": "pad"}, fixed={"mode": "constant"}),
-    Spelling(nn.ReflectionPad2d, rename={"padding": "pad"}, fixed={"mode": "reflect", "value": None}),
-    Spelling(nn.ReplicationPad2d, rename={"padding": "pad"}, fixed={"mode": "replicate", "value": None}),
+_PADS: Mapping[str, tuple[type[nn.Module], ...]] = {
+    "constant": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+}
+PAD = Op("pad", F.pad, "input, pad, mode='constant', value=None", spellings=tuple(
+    Spelling(module, rename={"padding": "pad"}, fixed={"mode": mode}) for mode in _PADS for module in _PADS[mode]
 ))  # fmt: skip
 PIXEL_SHUFFLE = Op(
     "pixel_shuffle", F.pixel_shuffle, "input, upscale_factor", functions=(torch.pixel_shuffle,),
@@ -337,7 +355,13 @@ PERMUTE = Op("permute", torch.Tensor.permute, "input, *dims", methods=("permute"
     Spelling(torch.permute, "input, dims"),
 ))  # fmt: skip
 TRANSPOSE = Op(
-    "transpose", torch.transpose, "input, dim0, dim1", functions=(torch.swapaxes,), methods=("transpose",),
+    "transpose", torch.transpose, "input, dim0, dim1", spellings=(
+        Spelling("transpose"),
+        Spelling(torch.swapaxes, "input, axis0, axis1", rename={"axis0": "dim0", "axis1": "dim1"}),
+        Spelling(torch.swapdims),
+        Spelling("swapaxes", "input, axis0, axis1", rename={"axis0": "dim0", "axis1": "dim1"}),
+        Spelling("swapdims"),
+    ),
 )  # fmt: skip
 SQUEEZE = Op("squeeze", torch.Tensor.squeeze, "input, *dim", functions=(torch.squeeze,), methods=("squeeze",))
 UNSQUEEZE = Op("unsqueeze", torch.unsqueeze, "input, dim", methods=("unsqueeze",))

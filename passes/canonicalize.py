@@ -204,7 +204,10 @@ def _attribute(path: str, value: Any) -> Any:
 def _canonical_values(op: Op, spelling: Spelling, spelled: Mapping[str, Any]) -> dict[str, Any] | None:
     if any(spelled.get(name, value) != value for name, value in spelling.must.items()):
         return None
-    renamed = {spelling.rename.get(name, name): value for name, value in spelled.items()}
+    renamed: dict[str, Any] = {}
+    for name, value in spelled.items():  # of two names of one parameter, as dim and axis are, one is given
+        if value is not None or spelling.rename.get(name, name) not in renamed:
+            renamed[spelling.rename.get(name, name)] = value
     renamed.update(spelling.fixed)
     values: dict[str, Any] = {}
     for name, default in op.signature.defaults.items():

@@ -76,7 +76,7 @@ class _Exposure:
         path = str(self.node.target)
         leaf: Any = self.module.get_submodule(path)
         values = _MULTIHEAD.bind(self.node.args, self.node.kwargs)
-        parts = {user: user.args[1] for user in self.node.users if user.target is operator.getitem}
+        parts: dict[Node, Any] = {user: user.args[1] for user in self.node.users if user.target is operator.getitem}
         if values is None or leaf.bias_k is not None or leaf.add_zero_attn or len(parts) < len(self.node.users):
             return False
         if not all(isinstance(part, int) for part in parts.values()):

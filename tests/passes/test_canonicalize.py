@@ -23,9 +23,12 @@ W = {"conv1d": (4, 4, 3), "conv2d": (4, 4, 3, 3), "conv3d": (4, 4, 3, 3, 3)}
 # Module constructor arguments and function arguments for what cannot be called with the input alone.
 MODULES = {
     nn.Linear: (6, 3), nn.LayerNorm: (6,), nn.GroupNorm: (2, 4), nn.PixelShuffle: (2,), nn.Softmax: (1,),
-    nn.Upsample: (None, 2), nn.ConstantPad2d: (1, 0.5), nn.ZeroPad2d: (1,), nn.ReflectionPad2d: (1,),
-    nn.ReplicationPad2d: (2,), nn.AdaptiveAvgPool1d: (2,), nn.AdaptiveAvgPool2d: ((3, 2),),
+    nn.Upsample: (None, 2), nn.AdaptiveAvgPool1d: (2,), nn.AdaptiveAvgPool2d: ((3, 2),),
     nn.AdaptiveAvgPool3d: (2,), nn.Hardtanh: (-0.5, 0.7), nn.PReLU: (4,),
+    **{
+        getattr(nn, f"{kind}Pad{rank}"): (1, 0.5) if kind == "Constant" else (2,)
+        for kind in ("Zero", "Constant", "Reflection", "Replication", "Circular") for rank in BY_RANK
+    },
 }  # fmt: skip
 ARGUMENTS = {
     "linear": (torch.randn(3, 6),), "matmul": (torch.randn(2, 4, 12, 5),),
@@ -69,6 +72,8 @@ def model_of(op, what):
     arguments = ARGUMENTS.get(op.name, ())
     if op.name == "matmul":
         x, arguments = (X1, (torch.randn(2, 12, 5),))
+    if what in (torch.mm, "mm"):
+        x, arguments = (X1[0], (torch.randn(12, 5),))
     if "conv" in op.name:
         arguments = (torch.randn(W[op.name.replace("_transpose", "")]),)
     if op.name == "pixel_shuffle":
