@@ -32,6 +32,7 @@ _VIEW_METHODS = frozenset({
     "detach", "diagonal", "expand", "expand_as", "float", "movedim", "narrow", "select", "swapaxes", "swapdims", "t",
     "tensor_split", "to", "unbind", "unflatten", "unfold", "view_as",
 })  # fmt: skip
+_FREE_OF_EFFECTS = frozenset({"torch", "operator", "_operator", "builtins", "math", "fxq"})
 _AUGMENTED = frozenset(
     getattr(operator, name)
     for name in dir(operator)
@@ -63,13 +64,26 @@ def shape_values(graph: fx.Graph) -> set[Node]:
 
 
 def overwrites(node: Node, leaf: nn.Module | None) -> bool:
-    """Whether a node overwrites its first argument, by torch's naming of in-place functions and arguments."""
+    """Whether a node overwrites its first argument.
+
+    torch's functions and arguments say so by their names; a function of the user's own (``torch.fx.wrap``) is taken to
+    do so where it is called as a statement, its result unread.
+    """
     if leaf is not None:
         return getattr(leaf, "inplace", False) is True
     if node.kwargs.get("inplace") is True or node.target is operator.setitem or node.target in _AUGMENTED:
         return True
+    if _is_statement_of_users_function(node):
+        return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.endswith("_") and not name.endswith("__") and node.target not in vars(operator).values()
+
+
+def _is_statement_of_users_function(node: Node) -> bool:
+    if node.op != "call_function" or node.users or not node.args or not isinstance(node.args[0], Node):
+        return False
+    package = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    return package not in _FREE_OF_EFFECTS
 
 
 def aliases(source: Node, ops: Dictionary) -> list[Node]:

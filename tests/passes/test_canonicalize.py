@@ -11,6 +11,7 @@ from models_for_tests import OPS, Lambda, Two, canonical, conv, graph_text, op_n
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import fxq
 from fxq.graph_module import get_attribute
 from fxq.ops import VOCABULARY
 from fxq.passes.canonicalize import Canonicalize
@@ -438,3 +439,30 @@ def test_twice_is_once():
     text = graph_text(module)
     assert run(Canonicalize(OPS), module) == 0
     assert graph_text(module) == text
+
+
+def add_one_to(x):
+    x.add_(1.0)
+
+
+torch.fx.wrap("add_one_to")
+
+
+def test_a_wrapped_function_called_as_a_statement_keeps_its_effect():
+    """torch.fx alone would drop it as dead code: nothing reads its result."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            add_one_to(y)
+            return y.transpose(1, 2) * 2
+
+    model, x = Model().eval(), torch.randn(1, 3, 8, 8)
+    prepared = fxq.prepare(model, x)
+    with torch.no_grad():
+        assert torch.equal(prepared(x), model(x))
+        assert torch.allclose(fxq.convert(prepared)(x), model(x), atol=0.1)
