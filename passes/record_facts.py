@@ -65,6 +65,11 @@ class _Recorder(Interpreter):
             self.plan.containers.add(n.name)
         return value
 
+    def fetch_args_kwargs_from_env(self, n: Node) -> Any:
+        # Lists of a graph are immutable, but functions may change the lists they are given, as the compiled graph's.
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _plain(args), _plain(kwargs)
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with counting(self.fetch_attr(target)) as macs:
             value = super().call_module(target, args, kwargs)
@@ -76,6 +81,15 @@ class _Recorder(Interpreter):
         if op is not None and op.weight is not None:
             args, _ = self.fetch_args_kwargs_from_env(node)
             self.plan.macs[node.name] = node_macs(op, args, value)
+
+
+def _plain(value: Any) -> Any:
+    """The same with ordinary lists and dicts."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if type(value) is tuple:  # a torch.Size or a named tuple is a tuple with a type of its own
+        return tuple(_plain(item) for item in value)
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -55,3 +55,22 @@ def test_no_gradients_are_recorded():
     torch.set_grad_enabled(True)
     run(step, module)
     assert torch.is_grad_enabled()
+
+
+def shrink_in_place(window):
+    window[0] = 1
+    return window
+
+
+torch.fx.wrap("shrink_in_place")
+
+
+def test_functions_may_change_the_lists_they_are_given():
+    class Model(nn.Module):
+        def forward(self, x):
+            return x[:, : shrink_in_place([2, 3])[0]]
+
+    module, step = before(RecordFacts, Model().eval(), X)
+    run(step, module)
+    output = next(iter(module.graph.find_nodes(op="output")))
+    assert module.plan.facts[output.args[0].name].shape == (2, 1, 8, 8)
