@@ -35,7 +35,7 @@ from fxq.torchvision_ops import import_torchvision
 
 VIDEO = ("mc3", "mvit", "r2plus1d", "r3d", "s3d", "swin3d")
 DETECTION = ("fasterrcnn", "fcos", "keypointrcnn", "maskrcnn", "retinanet", "ssd")
-FIXED_224 = ("vit", "maxvit")
+FIXED_224 = ("vit", "maxvit")  # their position tables are made for this size
 
 
 def model_names() -> list[str]:
@@ -60,7 +60,7 @@ def inputs_of(name: str, generator: torch.Generator) -> tuple[Any, ...]:
         return (noise(1, 3, 16, 224, 224),)
     if name.startswith(VIDEO):
         return (noise(1, 3, 8, 112, 112),)
-    size = 224 if name.startswith((*FIXED_224, "inception")) else 160
+    size = 224 if name.startswith(FIXED_224) else 299 if name.startswith("inception") else 160
     return (noise(2, 3, size, size),)
 
 

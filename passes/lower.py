@@ -217,9 +217,8 @@ class Lowering:
                 decision = float_decision(self.finder.why_float(old))
             self.plan.decisions[new.name] = decision
 
-    def _protect(self, kernel: Node, operand: Node) -> None:
+    def _protect(self, kernel: Node, operand: Node, order: dict[Node, int]) -> None:
         """Give a kernel that writes over its operand a copy of it, unless nobody else reads that memory later."""
-        order = {node: position for position, node in enumerate(self.graph.nodes)}
         others = [user for user in operand.users if user is not kernel]
         if (
             operand.op == "call_function"
@@ -230,6 +229,7 @@ class Lowering:
             return
         with self.graph.inserting_before(kernel):
             copy = self.graph.create_node("call_function", torch.clone, (operand,), name=f"{operand.name}_copy")
+        order[copy] = order[kernel]
         # of equal arguments the last one is the one written over: a conv's input comes first
         kernel.update_arg(max(at for at, argument in enumerate(kernel.args) if argument is operand), copy)
         self._describe_like(operand, copy, "aten::clone")
@@ -243,8 +243,9 @@ class Lowering:
             if node.op == "call_module":
                 leaf = self.reference.get_submodule(str(node.target))
                 self.module.add_submodule(str(node.target), leaf)
+        order = {node: position for position, node in enumerate(self.graph.nodes)}
         for kernel, operand in self.overwritten:
-            self._protect(kernel, operand)
+            self._protect(kernel, operand, order)
         lowered = QuantModule(self.module, self.graph, type(self.reference).__name__)
         self.plan.fusions = list(self.old.fusions)
         self.plan.notes = list(self.old.notes)
