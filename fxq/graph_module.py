@@ -56,20 +56,6 @@ class QuantModule(fx.GraphModule):
         return clone
 
 
-def plan_of(module: nn.Module, *stages: Stage) -> QuantPlan:
-    """The plan of ``module``; raises StageError unless it is at one of ``stages``."""
-    plan = module.meta.get("fxq") if isinstance(module, fx.GraphModule) else None
-    if not isinstance(plan, QuantPlan):
-        raise StageError(
-            f"{type(module).__name__} was not made by fxq; start with fxq.prepare(model, example_inputs) "
-            f"or fxq.quantize(model, data)"
-        )
-    if stages and plan.stage not in stages:
-        wanted = " or ".join(stage.value for stage in stages)
-        raise StageError(f"this model is {plan.stage.value}, but a {wanted} one is needed here")
-    return plan
-
-
 class Tensors(nn.Module):
     """Holds the tensors that stood at a module's path; prints their names and shapes."""
 

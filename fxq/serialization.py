@@ -20,9 +20,9 @@ from fxq.api import lower
 from fxq.backends import BACKENDS, get_backend
 from fxq.errors import BackendError, FileFormatError, FxqError
 from fxq.graph_json import check_loaded, decode_graph, decode_plan, encode_graph, encode_plan
-from fxq.graph_module import QuantModule, get_attribute, plan_of, set_tensor
+from fxq.graph_module import QuantModule, get_attribute, set_tensor
 from fxq.op_table import Backend
-from fxq.partition import partition_of
+from fxq.partition import partition_of, regions_of
 from fxq.plan import Stage
 from fxq.preparation import BACKEND
 
@@ -49,11 +49,11 @@ def save(reference: nn.Module, path: str | Path) -> None:
     """
     if partition_of(reference) is not None:
         raise FxqError("a model quantized in regions needs its own code; save its state with torch instead")
-    plan = plan_of(reference, Stage.REFERENCE)
+    regions_of(reference, Stage.REFERENCE)
     assert isinstance(reference, QuantModule)
     paths = {str(node.target) for node in reference.graph.nodes if node.op == "get_attr"}
     tensors = {name: get_attribute(reference, name).detach() for name in sorted(paths)}
-    text = json.dumps({"nodes": encode_graph(reference.graph), "plan": encode_plan(plan)})
+    text = json.dumps({"nodes": encode_graph(reference.graph), "plan": encode_plan(reference.plan)})
     buffer = io.BytesIO()
     torch.save({"graph": text, "tensors": tensors}, buffer)
     payload = buffer.getvalue()

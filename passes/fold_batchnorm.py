@@ -54,12 +54,10 @@ class FoldBatchNorm(Pass):
             return False
         if op not in (*CONVS, *CONV_TRANSPOSES, LINEAR):
             return False
-        weight = _static(op.get(layer, "weight"), module)
-        bias = _static(op.get(layer, "bias"), module)
-        if weight is None or (bias is None and op.get(layer, "bias") is not None):
+        parameters = _foldable_parameters(layer, op, module, plan)
+        if parameters is None:
             return False
-        if not _axis_one_is_channels(layer, weight, plan):
-            return False
+        weight, bias = parameters
         new_weight = _scale_output_channels(weight, scale, op, layer)
         _set_weights(layer, op, new_weight, scale * (0 if bias is None else bias) + shift, module, self._readers)
         _log(node, layer, plan, "BatchNorm into the layer before")
@@ -78,12 +76,10 @@ class FoldBatchNorm(Pass):
         padded = any(padding) if isinstance(padding, (tuple, list)) else padding != 0
         if padded and bool(shift.any()):
             return False
-        weight = _static(op.get(layer, "weight"), module)
-        bias = _static(op.get(layer, "bias"), module)
-        if weight is None or (bias is None and op.get(layer, "bias") is not None):
+        parameters = _foldable_parameters(layer, op, module, plan)
+        if parameters is None:
             return False
-        if not _axis_one_is_channels(layer, weight, plan):
-            return False
+        weight, bias = parameters
         groups = op.get(layer, "groups")
         per_output = weight.shape[0] // groups
 
@@ -114,6 +110,16 @@ def _affine(node: Node, module: QuantModule) -> tuple[torch.Tensor, torch.Tensor
         scale = scale * gamma
     shift = -mean * scale
     return scale, shift if beta is None else shift + beta
+
+
+def _foldable_parameters(
+    layer: Node, op: Op, module: QuantModule, plan: QuantPlan
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight and bias of a layer in float64; ``None`` if they are not constant or BatchNorm does not fit the layer."""
+    weight, bias = (_static(op.get(layer, name), module) for name in ("weight", "bias"))
+    if weight is None or (bias is None and op.get(layer, "bias") is not None):
+        return None
+    return (weight, bias) if _axis_one_is_channels(layer, weight, plan) else None
 
 
 def _axis_one_is_channels(layer: Node, weight: torch.Tensor, plan: QuantPlan) -> bool:
