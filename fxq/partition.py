@@ -24,6 +24,7 @@ Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 PrepareRegion = Callable[[nn.Module, Inputs, str], QuantModule]
 
 _ATTRIBUTE = "_fxq_partition"
+REFERENCE = "fxq_reference"  # where a lowered module's meta keeps the reference graph it was lowered from
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,22 @@ def map_regions(model: nn.Module, transform: Callable[[QuantModule], QuantModule
         return transform(model)
     replaced: dict[int, Any] = {id(region): transform(region) for region in regions_of(model).values()}
     return copy_structure(model, replaced)
+
+
+def reference_of(model: nn.Module) -> nn.Module:
+    """The reference graph of a model: itself, or what it was lowered from.
+
+    A lowered model keeps it (integer weights, no float ones), because packed weights cannot be read back: saving,
+    exporting, comparing and lowering again start from it.
+
+    Args:
+        model: reference or lowered; one region or many.
+
+    Raises:
+        StageError: if ``model`` was not made by fxq, or is only prepared.
+    """
+    regions_of(model, Stage.REFERENCE, Stage.LOWERED)
+    return map_regions(model, lambda region: region.meta.get(REFERENCE, region))
 
 
 def prepare_partition(

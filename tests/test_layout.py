@@ -136,11 +136,3 @@ def test_import_is_silent_and_leaves_optional_packages_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-
-def import_seconds() -> float:
-    """What ``import fxq`` takes after ``import torch``."""
-    code = "import torch, time; start = time.perf_counter(); import fxq; print(time.perf_counter() - start)"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout)

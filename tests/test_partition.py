@@ -14,7 +14,7 @@ import fxq
 from fxq.errors import CalibrationError, FxqError, FxqWarning, InputError, StageError, TraceError
 from fxq.graph_module import QuantModule
 from fxq.numerics import sqnr
-from fxq.partition import partition_of, regions_of
+from fxq.partition import partition_of, reference_of, regions_of
 from fxq.plan import NEVER_OBSERVED, Stage
 from fxq.torchvision_ops import import_torchvision
 
@@ -415,3 +415,16 @@ def test_raft():
         expected, actual = (m(*frames, num_flow_updates=2) for m in (model, quantized))
     assert len(actual) == len(expected) == 2
     assert sqnr(expected[0], actual[0]) > 10
+
+
+def test_a_lowered_model_keeps_its_reference() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    prepared = fxq.prepare(model, torch.rand(1, 3, 8, 8), backend="x86")
+    prepared(torch.rand(2, 3, 8, 8))
+    reference = fxq.convert_to_reference(prepared)
+    lowered = fxq.lower(reference, "x86")
+    assert reference_of(lowered) is reference
+    assert reference_of(reference) is reference
+    with pytest.raises(StageError, match="prepared"):
+        reference_of(prepared)
