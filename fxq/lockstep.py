@@ -65,7 +65,7 @@ class Walk:
 
     def arguments(self, node: Node, batch: int) -> tuple[Any, ...]:
         """What a node is called with in one batch: ``node.args`` with values for nodes."""
-        return fx.map_arg(node.args, lambda source: self._value(source, batch))  # type: ignore[no-any-return]
+        return fx.map_arg(node.args, lambda source: self._value(source, batch))
 
     def release(self, node: Node) -> None:
         """Drop the values that no node after this one reads."""
@@ -87,7 +87,7 @@ class Walk:
 
     def _made(self, node: Node, batch: int) -> Any:
         if node.op == "get_attr":
-            return self._interpreter.get_attr(node.target, (), {})  # type: ignore[arg-type]
+            return self._interpreter.get_attr(node.target, (), {})
         args = fx.map_arg(node.args, lambda source: self._value(source, batch))
         return node.target(*args)  # type: ignore[operator]
 
