@@ -27,4 +27,5 @@ def get_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise BackendError(f"unknown backend '{name}'; the backends are {', '.join(BACKENDS)}")
     backend: Backend = importlib.import_module(BACKENDS[name]).build()
+    object.__setattr__(backend, "made_by", (get_backend, (name,)))  # by name: its rows hold local functions
     return backend

@@ -14,7 +14,7 @@ from fxq.calibration import ForwardFn, calibrate, forward_parameters, iterate, m
 from fxq.config import QConfig, QConfigMapping
 from fxq.engine import require_engine
 from fxq.errors import CalibrationError, FxqWarning, StageError
-from fxq.graph_module import QuantModule, copy_module
+from fxq.graph_module import BACKEND, QuantModule, copy_module
 from fxq.op_table import Backend
 from fxq.partition import map_regions, partition_of, regions_of
 from fxq.pass_base import Pipeline
@@ -23,7 +23,7 @@ from fxq.passes.lower import lower as lower_graph
 from fxq.passes.simplify_qdq import SimplifyQDQ
 from fxq.passes.to_reference import ToReference
 from fxq.plan import NEVER_OBSERVED, Stage
-from fxq.preparation import BACKEND, prepare_model
+from fxq.preparation import prepare_model
 from fxq.tracing import require_eval
 
 Exclusions = Iterable[str | type[nn.Module]] | str | type[nn.Module]

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxq.engine import running
-from fxq.errors import InputError, StageError
+from fxq.errors import ConfigError, InputError, StageError
+from fxq.pickling import Record, graph_of, records_of
 from fxq.plan import QuantPlan, Stage, TensorFact
+from fxq.state import graph_qparams, misfit, set_state, split_state
+
+# Keys of a module's meta beside "fxq", its plan:
+BACKEND = "fxq_backend"  # the table it was prepared or lowered for
+REFERENCE = "fxq_reference"  # of a lowered module: the reference graph it was lowered from
 
 
 class QuantModule(fx.GraphModule):
@@ -55,9 +62,64 @@ class QuantModule(fx.GraphModule):
         assert isinstance(clone, QuantModule)
         return clone
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its graph node by node, because torch.fx would trace its code again and name the nodes anew; a lowered
+        module as its reference graph, because packed weights cannot be pickled."""
+        if REFERENCE in self.meta:
+            return _relowered, (self.meta[REFERENCE], self.meta[BACKEND])
+        state = {name: vars(self)[name] for name in ("training", "_parameters", "_buffers", "_modules", "meta")}
+        return _restored, (type(self).__name__, records_of(self.graph), state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of ``nn.Module``; a lowered module is packed again from what is loaded.
+
+        Raises:
+            ConfigError: for keys, shapes or dtypes that are not those of :meth:`state_dict`.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            raise ConfigError(f"the state dict does not fit this {self.plan.stage.value} model: {error}") from error
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if REFERENCE in self.meta:  # packed weights have no tensors of their own
+            self.meta[REFERENCE].state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+            return
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({f"{prefix}{name}": value for name, value in graph_qparams(self.graph).items()})
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Load the whole of this module; the :class:`Tensors` inside leave it to it."""
+        own, inside = split_state(self.meta.get(REFERENCE, self))
+        given = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        missing_keys += [prefix + key for key in own if key not in given]
+        unexpected_keys += [prefix + key for key in given if key not in own and not key.startswith(inside)]
+        fitting = {key: value for key, value in given.items() if key in own}
+        wrong = [f"'{prefix}{key}' {why}" for key, value in fitting.items() if (why := misfit(own[key], value))]
+        if wrong:
+            error_msgs += wrong
+        elif REFERENCE not in self.meta:
+            set_state(self, fitting)
+        else:
+            reference = copy_module(self.meta[REFERENCE])
+            set_state(reference, fitting)
+            self._become(_relowered(reference, self.meta[BACKEND]))
+
+    def _become(self, other: QuantModule) -> None:
+        """Take over another module's graph and all that it uses."""
+        training, graph = self.training, other.graph
+        self.__dict__ = {name: value for name, value in vars(other).items() if name not in ("_graph", "training")}
+        self.training, self.graph = training, graph
+
 
 class Tensors(nn.Module):
     """Holds the tensors that stood at a module's path; prints their names and shapes."""
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Nothing: the :class:`QuantModule` around it loads them."""
 
     def extra_repr(self) -> str:
         tensors = [*self._parameters.items(), *self._buffers.items()]
@@ -73,17 +135,22 @@ def get_attribute(module: nn.Module, path: str) -> Any:
 def set_tensor(module: nn.Module, path: str, value: torch.Tensor) -> None:
     """Put a tensor at a dotted path, as a parameter if it is one, else as a buffer; makes what modules lack."""
     parent, _, name = path.rpartition(".")
-    owner = module
-    for part in filter(None, parent.split(".")):
-        if part not in owner._modules:
-            owner.add_module(part, Tensors())
-        owner = owner.get_submodule(part)
+    owner = holder_at(module, parent)
     if name in owner.__dict__ or name in owner._parameters or name in owner._buffers:
         delattr(owner, name)
     if isinstance(value, nn.Parameter):
         owner.register_parameter(name, value)
     else:
         owner.register_buffer(name, value)
+
+
+def holder_at(module: nn.Module, path: str) -> nn.Module:
+    """The submodule at a dotted path, made if there is none."""
+    for part in filter(None, path.split(".")):
+        if part not in module._modules:
+            module.add_module(part, Tensors())
+        module = module.get_submodule(part)
+    return module
 
 
 def free_path(module: nn.Module, path: str) -> str:
@@ -103,9 +170,41 @@ def _taken(module: nn.Module, path: str) -> bool:
     return True
 
 
+def make_module(name: str, graph: fx.Graph, parts: Mapping[str, Any]) -> QuantModule:
+    """A module that runs ``graph``.
+
+    Args:
+        name: of its class.
+        parts: the tensors and modules that the graph uses, by path.
+    """
+    module = QuantModule(nn.Module(), fx.Graph(), name)
+    for path, part in sorted(parts.items()):  # a module before what is inside it
+        if isinstance(part, nn.Module):
+            parent, _, child = path.rpartition(".")
+            holder_at(module, parent).add_module(child, part)
+        else:
+            set_tensor(module, path, part)
+    module.graph = graph
+    return module
+
+
 def copy_module(module: QuantModule) -> QuantModule:
     """An independent copy of a module and its plan."""
     return copy.deepcopy(module)
+
+
+def _restored(name: str, records: list[Record], state: dict[str, Any]) -> QuantModule:
+    """The inverse of :meth:`QuantModule.__reduce__`."""
+    module = QuantModule(nn.Module(), fx.Graph(), name)
+    module.__dict__.update(state)
+    module.graph = graph_of(records)
+    return module
+
+
+def _relowered(reference: QuantModule, table: Any) -> QuantModule:
+    from fxq.passes.lower import lower  # which is written in terms of this module
+
+    return lower(reference, table)
 
 
 def _require_float32(module: QuantModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -197,6 +197,10 @@ class Backend:
         weight: recommended per-channel weight spec.
         notes: what the summary says of the choice of specs.
         absent: why an op of the vocabulary has no row.
+
+    Attributes:
+        made_by: function and arguments that make this very table, which is how it is pickled; ``None`` for a table that
+            is pickled by value.
     """
 
     name: str
@@ -206,9 +210,13 @@ class Backend:
     weight: QuantSpec
     notes: tuple[str, ...] = ()
     absent: Mapping[Op, Reason] = field(default_factory=dict)
+    made_by: tuple[Callable[..., Any], tuple[Any, ...]] | None = field(default=None, init=False, compare=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
         return self  # immutable, and its ops are compared by identity
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.made_by or super().__reduce_ex__(protocol)
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]

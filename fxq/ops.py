@@ -113,6 +113,10 @@ class Op:
     def __repr__(self) -> str:
         return f"Op({self.name})"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # ops are compared by identity: one of the vocabulary is itself again after pickling
+        return (_op_named, (self.name,)) if self in VOCABULARY else super().__reduce_ex__(protocol)
+
     def all_spellings(self) -> Iterable[Spelling]:
         """Every spelling, the canonical target first."""
         plain: tuple[Callable[..., Any] | str, ...] = (self.target, *self.functions, *self.methods, *self.modules)
@@ -386,6 +390,11 @@ DROPOUT = Op("dropout", F.dropout, "input, p=0.5, training=True, inplace=False",
 ))  # fmt: skip
 
 VOCABULARY: tuple[Op, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Op))
+
+
+def _op_named(name: str) -> Op:
+    return next(op for op in VOCABULARY if op.name == name)
+
 
 CONVS = (CONV1D, CONV2D, CONV3D)
 CONV_TRANSPOSES = (CONV_TRANSPOSE1D, CONV_TRANSPOSE2D, CONV_TRANSPOSE3D)

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from fxq.copying import copy_structure
-from fxq.errors import FxqError, InputError, StageError, TraceError
-from fxq.graph_module import QuantModule
+from fxq.errors import ConfigError, FxqError, InputError, StageError, TraceError
+from fxq.graph_module import REFERENCE, QuantModule
 from fxq.macs import counting
 from fxq.plan import Stage
 
@@ -24,7 +24,6 @@ Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 PrepareRegion = Callable[[nn.Module, Inputs, str], QuantModule]
 
 _ATTRIBUTE = "_fxq_partition"
-REFERENCE = "fxq_reference"  # where a lowered module's meta keeps the reference graph it was lowered from
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,41 @@ def reference_of(model: nn.Module) -> nn.Module:
     """
     regions_of(model, Stage.REFERENCE, Stage.LOWERED)
     return map_regions(model, lambda region: region.meta.get(REFERENCE, region))
+
+
+def state_outside(model: nn.Module) -> dict[str, Any]:
+    """The part of a partitioned model's state dict that is not its regions'."""
+    inside = tuple(f"{p}." for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantModule))
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(inside)}
+
+
+def replace_regions(
+    model: nn.Module, regions: Mapping[str, QuantModule], partition: Partition, outside: Mapping[str, torch.Tensor]
+) -> nn.Module:
+    """A copy of a float model with regions in the places of submodules, and with the tensors of ``outside``.
+
+    Raises:
+        ConfigError: if the model is not the one that was partitioned.
+    """
+    replaced: dict[int, Any] = {}
+    for path, region in regions.items():
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise ConfigError(f"the given model has no module '{path}'") from None
+        if type(module).__name__ != region.plan.model:
+            raise ConfigError(f"'{path}' is a {type(module).__name__} of the given model, not a {region.plan.model}")
+        replaced[id(module)] = region
+    clone = copy_structure(model, replaced).eval()
+    clone.__dict__[_ATTRIBUTE] = partition
+    state = state_outside(clone)
+    shapes, wanted = ({name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (state, outside))
+    if shapes != wanted:
+        name = next(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
+        raise ConfigError(f"the given model's '{name}' is not the one of the model that was quantized")
+    for name, tensor in state.items():
+        tensor.copy_(outside[name])
+    return clone
 
 
 def prepare_partition(

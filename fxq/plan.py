@@ -224,7 +224,7 @@ class QuantPlan:
         return {
             name: macs
             for name, macs in self.macs.items()
-            if macs and name in self.decisions and self.decisions[name].reason is UNTRACEABLE
+            if macs and name in self.decisions and self.decisions[name].reason == UNTRACEABLE
         }
 
     def forget(self, name: str) -> None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from fxq.config import ResolvedConfig, qualified_name
 from fxq.errors import TraceError
-from fxq.graph_module import QuantModule
+from fxq.graph_module import BACKEND, QuantModule
 from fxq.op_table import Backend
 from fxq.partition import Inputs, prepare_partition
 from fxq.pass_base import Pass, Pipeline
@@ -24,8 +24,6 @@ from fxq.passes.rewrite_scalars import RewriteScalars
 from fxq.passes.share_qparams import ShareQParams
 from fxq.plan import Origin, QuantPlan, Stage
 from fxq.tracing import trace
-
-BACKEND = "fxq_backend"  # where a module's meta keeps the table it was prepared for
 
 
 def prepare_passes(table: Backend, config: ResolvedConfig, inputs: Inputs) -> list[Pass]:

@@ -2,14 +2,18 @@
 
 Layout: 8 bytes of magic and format version, the SHA-256 of the rest, then an archive of plain tensors and
 JSON text as ``torch.save`` writes it, read with ``weights_only=True``. The checksum is verified before anything
-is parsed. Weights are packed for the machine at hand when the file is loaded.
+is parsed; a second one in the archive binds every tensor to its name. Weights are packed for the machine at hand
+when the file is loaded.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,105 +22,204 @@ from torch import nn
 
 from fxq.api import lower
 from fxq.backends import BACKENDS, get_backend
-from fxq.errors import BackendError, FileFormatError, FxqError
-from fxq.graph_json import check_loaded, decode_graph, decode_plan, encode_graph, encode_plan
-from fxq.graph_module import QuantModule, get_attribute, set_tensor
+from fxq.errors import BackendError, ConfigError, FileFormatError, FxqError
+from fxq.graph_json import decode_graph, encode_graph
+from fxq.graph_module import QuantModule, get_attribute, make_module
+from fxq.leaves import decode_leaf, encode_leaf
 from fxq.op_table import Backend
-from fxq.partition import partition_of, regions_of
-from fxq.plan import Stage
-from fxq.preparation import BACKEND
+from fxq.partition import Partition, partition_of, reference_of, regions_of, replace_regions, state_outside
+from fxq.plan_json import check_loaded, decode_plan, encode_plan
+from fxq.schema import wrong_field
 
 _MAGIC = b"FXQ\x00"
-_VERSION = 1
+_VERSION = 2
+_MAX_UNUSED_BYTES = 1 << 20
 _NAMES = " or ".join(BACKENDS)
 _HEADER = len(_MAGIC) + 4 + hashlib.sha256().digest_size
 
+Tensors = dict[str, dict[str, torch.Tensor]]  # by section, then by name
 
-def save(reference: nn.Module, path: str | Path) -> None:
-    """Write a reference graph to one file.
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a quantized model to one file.
+
+    What is written is the reference graph, with integer weights; packed weights are made again by :func:`load`.
 
     Args:
-        reference: from :func:`fxq.convert_to_reference`.
+        model: from :func:`fxq.quantize`, :func:`fxq.convert` or :func:`fxq.convert_to_reference`.
         path: conventionally ends in ``.fxq``.
 
     Raises:
-        StageError: if ``reference`` is no reference graph.
-        FxqError: if it calls float modules, whose code a file cannot hold.
+        StageError: if the model is not quantized.
+        FxqError: if it calls functions of your own, which a file cannot hold, or the file cannot be written.
 
     Example:
-        >>> fxq.save(fxq.convert_to_reference(prepared), "model.fxq")                 # doctest: +SKIP
+        >>> fxq.save(fxq.quantize(model, data), "model.fxq")                          # doctest: +SKIP
         >>> qmodel = fxq.load("model.fxq")                                            # doctest: +SKIP
     """
-    if partition_of(reference) is not None:
-        raise FxqError("a model quantized in regions needs its own code; save its state with torch instead")
-    regions_of(reference, Stage.REFERENCE)
-    assert isinstance(reference, QuantModule)
-    paths = {str(node.target) for node in reference.graph.nodes if node.op == "get_attr"}
-    tensors = {name: get_attribute(reference, name).detach() for name in sorted(paths)}
-    text = json.dumps({"nodes": encode_graph(reference.graph), "plan": encode_plan(reference.plan)})
+    reference = reference_of(model)
+    partition = partition_of(reference)
+    tensors: Tensors = {}
+    content: dict[str, Any] = {"partition": None, "regions": {}}
+    for place, region in regions_of(reference).items():
+        content["regions"][place] = _encode_region(place, region, tensors)
+    if partition is not None:
+        content["partition"] = [partition.reason, partition.left, partition.left_macs]
+        content["model"] = type(reference).__name__
+        tensors["outside"] = _compact(state_outside(reference), content["model"])
+    text = json.dumps(content)
     buffer = io.BytesIO()
-    torch.save({"graph": text, "tensors": tensors}, buffer)
-    payload = buffer.getvalue()
-    header = _MAGIC + _VERSION.to_bytes(4, "little") + hashlib.sha256(payload).digest()
-    Path(path).write_bytes(header + payload)
+    torch.save({"content": text, "tensors": tensors, "digest": digest(text, tensors)}, buffer)
+    _write(Path(path), with_header(buffer.getvalue()))
 
 
-def load_reference(path: str | Path) -> QuantModule:
+def _encode_region(place: str, region: QuantModule, tensors: Tensors) -> dict[str, Any]:
+    """What the JSON says of a region; its tensors go to their sections."""
+    nodes = region.graph.nodes
+    read = sorted({str(node.target) for node in nodes if node.op == "get_attr"})
+    tensors[f"tensors {place}"] = _compact({name: get_attribute(region, name) for name in read}, place)
+    leaves = {}
+    for path in sorted({str(node.target) for node in nodes if node.op == "call_module"}):
+        module = region.get_submodule(path)
+        leaves[path] = encode_leaf(module)
+        tensors[f"module {place} {path}"] = _compact(module.state_dict(), path)
+    return {"nodes": encode_graph(region.graph), "plan": encode_plan(region.plan), "modules": leaves}
+
+
+def _compact(state: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
+    """Tensors, without what else their storages hold if that is much.
+
+    A copy has other strides, with which a float kernel may round the last bit otherwise.
+
+    Raises:
+        FxqError: if there is anything but tensors in the state.
+    """
+    found = {}
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise FxqError(f"'{where}' has state other than tensors ('{name}'), which a file cannot hold")
+        keep = 0 <= value.untyped_storage().nbytes() - value.nbytes <= _MAX_UNUSED_BYTES
+        found[name] = value.detach() if keep else value.detach().clone(memory_format=torch.contiguous_format)
+    return found
+
+
+def with_header(payload: bytes) -> bytes:
+    """The content of a file with this archive."""
+    return _MAGIC + _VERSION.to_bytes(4, "little") + hashlib.sha256(payload).digest() + payload
+
+
+def digest(text: str, tensors: Tensors) -> str:
+    """SHA-256 of the JSON and of every tensor with its name, so that tensors cannot change places unseen."""
+    total = hashlib.sha256(text.encode())
+    for section, named in sorted(tensors.items()):
+        for name, tensor in sorted(named.items()):
+            values = tensor.contiguous().reshape(-1).view(torch.uint8)
+            total.update(json.dumps([section, name, str(tensor.dtype), list(tensor.shape)]).encode())
+            total.update(ctypes.string_at(values.data_ptr(), values.numel()))
+    return total.hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """A reader sees the old file or the whole new one."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_bytes(data)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise FxqError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def load_reference(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
     """The reference graph of a file.
+
+    Args:
+        path: a file that :func:`save` wrote.
+        model: the float model, for a file that needs its code: a model quantized in regions, or one that calls
+            modules which are not of torch. Only its code is used, and it is left as it is; every parameter and
+            buffer comes from the file.
 
     Raises:
         FileFormatError: if the file is missing, no fxq file, of another version, truncated or corrupt.
+        ConfigError: if it needs a model and ``model`` is not it.
     """
-    content = _verified(path)
+    content, tensors = _verified(path)
     try:
-        tensors = content["tensors"]
-        graph = decode_graph(content["nodes"], tensors.keys())
-        plan = decode_plan(content["plan"])
-        root = nn.Module()
-        for name, tensor in tensors.items():
-            set_tensor(root, name, _plain(name, tensor))
-        module = QuantModule(root, graph, plan.model)
-        module.graph.lint()
-        plan.check(graph)
-        check_loaded(plan, graph)
-    except FileFormatError as error:
-        raise FileFormatError(f"{path}: {error}") from error
+        return _decode(content, tensors, model)
+    except (FileFormatError, ConfigError) as error:
+        raise type(error)(f"{path}: {error}") from error
     except Exception as error:
         raise FileFormatError(f"{path}: its graph is malformed ({type(error).__name__}: {error})") from error
+
+
+def _decode(content: dict[str, Any], tensors: Tensors, model: nn.Module | None) -> nn.Module:
+    regions = {
+        place: _decode_region(place, record, tensors, model) for place, record in content["regions"].items()
+    }
+    if content["partition"] is None:
+        (region,) = regions.values()
+        return region
+    partition = Partition(*content["partition"])
+    if wrong_field(partition) is not None:
+        raise FileFormatError("the partition has a value of the wrong type")
+    if model is None:
+        raise ConfigError(
+            f"a {content['model']} could not be traced as a whole, so the file holds parts of it and needs the code "
+            f"around them; load it with model= the float model"
+        )
+    if type(model).__name__ != content["model"]:
+        raise ConfigError(f"the given model is a {type(model).__name__}; the file is of a {content['model']}")
+    return replace_regions(model, regions, partition, tensors["outside"])
+
+
+def _decode_region(place: str, record: dict[str, Any], tensors: Tensors, model: nn.Module | None) -> QuantModule:
+    parts: dict[str, Any] = dict(tensors[f"tensors {place}"])
+    modules = {
+        path: decode_leaf(leaf, ".".join(filter(None, (place, path))), tensors[f"module {place} {path}"], model)
+        for path, leaf in record["modules"].items()
+    }
+    graph = decode_graph(record["nodes"], parts.keys(), modules.keys())
+    plan = decode_plan(record["plan"])
+    plan.check(graph)
+    check_loaded(plan, graph)
+    module = make_module(plan.model, graph, parts | modules)
+    module.graph.lint()
     module.meta["fxq"] = plan
     return module
 
 
-def load(path: str | Path, backend: str | Backend | None = None) -> nn.Module:
+def load(path: str | Path, backend: str | Backend | None = None, *, model: nn.Module | None = None) -> nn.Module:
     """A lowered model from a file, packed for this machine.
 
     Args:
+        path: a file that :func:`save` wrote.
         backend: a name or a table; by default the backend it was saved for.
+        model: as for :func:`load_reference`.
 
     Raises:
         FileFormatError: if the file cannot be read.
+        ConfigError: if it needs a model and ``model`` is not it.
         BackendError: for an unknown backend or an engine this torch lacks.
+
+    Example:
+        >>> qmodel = fxq.load("model.fxq", backend="qnnpack")                         # doctest: +SKIP
+        >>> detector = fxq.load("detector.fxq", model=fasterrcnn_resnet50_fpn())      # doctest: +SKIP
     """
-    reference = load_reference(path)
-    backend = backend or reference.plan.backend
+    reference = load_reference(path, model=model)
+    regions = list(regions_of(reference).values())
+    backend = backend or regions[0].plan.backend
     if isinstance(backend, str) and backend not in BACKENDS:
         raise BackendError(f"{path}: made for the backend '{backend}'; load it with backend= that table, or {_NAMES}")
-    reference.meta[BACKEND] = get_backend(backend) if isinstance(backend, str) else backend
+    table = get_backend(backend) if isinstance(backend, str) else backend
     try:
-        return lower(reference, backend)
+        return lower(reference, table)
     except FxqError:
         raise
     except Exception as error:
         raise FileFormatError(f"{path}: its graph cannot be lowered ({type(error).__name__}: {error})") from error
 
 
-def _plain(name: str, tensor: Any) -> torch.Tensor:
-    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
-        raise FileFormatError(f"what is stored as '{name}' is no plain tensor")
-    return tensor  # type: ignore[no-any-return]
-
-
-def _verified(path: str | Path) -> dict[str, Any]:
+def _verified(path: str | Path) -> tuple[dict[str, Any], Tensors]:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -131,6 +234,24 @@ def _verified(path: str | Path) -> dict[str, Any]:
         raise FileFormatError(f"{path}: truncated or corrupt: its checksum does not match")
     try:
         archive = torch.load(io.BytesIO(payload), weights_only=True)
-        return {**json.loads(archive["graph"]), "tensors": archive["tensors"]}
+        tensors = {
+            section: {name: _plain(name, tensor) for name, tensor in named.items()}
+            for section, named in archive["tensors"].items()
+        }
+        genuine = digest(archive["content"], tensors) == archive["digest"]
+        content = json.loads(archive["content"])
+    except FileFormatError as error:
+        raise FileFormatError(f"{path}: {error}") from error
     except Exception as error:
         raise FileFormatError(f"{path}: its content is malformed ({type(error).__name__})") from error
+    if not genuine or not isinstance(content, dict):
+        raise FileFormatError(f"{path}: its content is malformed: it is not what was saved")
+    return content, tensors
+
+
+def _plain(name: str, tensor: Any) -> torch.Tensor:
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
+        raise FileFormatError(f"what is stored as '{name}' is no plain tensor")
+    if not isinstance(name, str) or tensor.device.type != "cpu" or tensor.untyped_storage().nbytes() < tensor.nbytes:
+        raise FileFormatError(f"what is stored as '{name}' is no tensor with all its values")
+    return tensor  # type: ignore[no-any-return]

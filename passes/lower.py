@@ -18,12 +18,11 @@ from torch.fx import Node
 
 from fxq.aliases import reads_shape
 from fxq.engine import require_engine
-from fxq.graph_module import QuantModule, get_attribute, set_tensor
+from fxq.graph_module import BACKEND, REFERENCE, QuantModule, get_attribute, set_tensor
 from fxq.matcher import Match
 from fxq.numerics import dequantize
 from fxq.op_table import Backend, Out, OutQuant
 from fxq.ops import Dictionary
-from fxq.partition import REFERENCE
 from fxq.passes.emission import KernelEmission
 from fxq.passes.find_kernels import KernelFinder, int_weight, output_quant
 from fxq.plan import Decision, Kernel, QuantPlan, Stage, Status, float_decision
@@ -254,7 +253,7 @@ class Lowering:
         self.plan.attributes = dict(self.old.attributes)
         self.plan.containers = set(self.old.containers)
         lowered.meta["fxq"] = self.plan
-        lowered.meta[REFERENCE] = self.reference
+        lowered.meta[REFERENCE], lowered.meta[BACKEND] = self.reference, self.backend
         lowered.graph.lint()
         self.plan.check(lowered.graph)
         return lowered

@@ -1,0 +1,70 @@
+"""The state dict of a graph module: its tensors, and the qparams that stand in its graph as numbers.
+
+A calibration is part of a model's state, so each quantize node adds one key, ``<node>_qparams``: float64
+``[scale, zero_point, quant_min, quant_max]``; the dequantize of a per-tensor weight adds ``[scale, zero_point]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import Node
+
+from fxq.qdq import DEQUANTIZE, is_dequantize, is_quantize
+
+_SUFFIX = "_qparams"
+
+
+def graph_qparams(graph: fx.Graph) -> dict[str, torch.Tensor]:
+    """The numbers of a graph's quantize nodes and per-tensor weights, by state dict key."""
+    return {
+        f"{node.name}{_SUFFIX}": torch.tensor([value for value in node.args[1:5]], dtype=torch.float64)
+        for node in graph.nodes
+        if is_quantize(node) or _is_weight(node)
+    }
+
+
+def _is_weight(node: Node) -> bool:
+    return node.op == "call_function" and node.target is DEQUANTIZE and not is_quantize(node.args[0])  # type: ignore
+
+
+def split_state(module: nn.Module) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """A module's state without that of the modules it calls, and the prefixes of these.
+
+    Modules that cannot be called only hold tensors at a path; theirs is the module's own state.
+    """
+    inside = tuple(f"{path}." for path, child in module.named_modules() if path and not _is_holder(child))
+    state = module.state_dict(keep_vars=True)
+    return {key: value for key, value in state.items() if not key.startswith(inside)}, inside
+
+
+def _is_holder(module: nn.Module) -> bool:
+    return type(module).forward is nn.Module.forward
+
+
+def misfit(own: torch.Tensor, given: Any) -> str | None:
+    """Why a value cannot be loaded in place of another, ``None`` if it can."""
+    if not isinstance(given, torch.Tensor):
+        return f"is a {type(given).__name__}, not a tensor"
+    if given.shape != own.shape or given.dtype != own.dtype:
+        return f"is {given.dtype} {list(given.shape)}, the model's is {own.dtype} {list(own.shape)}"
+    return None
+
+
+def set_state(module: fx.GraphModule, values: Mapping[str, torch.Tensor]) -> None:
+    """Copy values into a module's tensors and graph; they fit and are keys of :func:`split_state`'s result."""
+    own, _ = split_state(module)
+    with torch.no_grad():
+        for key, value in values.items():
+            own[key].copy_(value)
+    for node in module.graph.nodes:
+        numbers = values.get(f"{node.name}{_SUFFIX}")
+        if numbers is not None:
+            scale, *integers = numbers.tolist()
+            node.args = (node.args[0], scale, *map(int, integers), *node.args[1 + len(numbers) :])
+            for reader in filter(is_dequantize, list(node.users)):
+                reader.args = (node, *node.args[1:3])
+    module.recompile()
