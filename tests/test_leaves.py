@@ -110,7 +110,7 @@ def test_forged_tensors_and_paths(lstm: bytes, tmp_path: Path) -> None:
     section = tensors["module  rnn"]
     for state in ({}, section | {"nope": torch.ones(1)}, section | {"weight_ih_l0": torch.ones(3)}):
         (tmp_path / "forged.fxq").write_bytes(closed(content, tensors | {"module  rnn": state}))
-        with pytest.raises(FileFormatError, match="the tensors of module 'rnn' are not those|of 1 layers with 0 tensors"):
+        with pytest.raises(FileFormatError, match=r"are not those of a|of 1 layers with 0 tensors"):
             fxq.load(tmp_path / "forged.fxq")
     for path in ('a") if HIT() else ("', "meta", "forward", "", "plan"):
         content, tensors = opened(lstm)

@@ -224,7 +224,7 @@ def test_a_failed_save_leaves_the_old_file(saved: Path, tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(FxqError, match="cannot be written .No space left"):
+    with pytest.raises(FxqError, match=r"cannot be written \(No space left"):
         fxq.save(fxq.load_reference(saved), tmp_path / "net.fxq")
     assert [path.name for path in tmp_path.iterdir()] == ["net.fxq"]
     assert (tmp_path / "net.fxq").read_bytes() == saved.read_bytes()
