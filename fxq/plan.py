@@ -104,6 +104,13 @@ class TensorFact:
         return self.dtype == torch.float32
 
 
+class ChannelStatistics(NamedTuple):
+    """Mean and standard deviation of each output channel of a layer, as the BatchNorm folded into it tells them."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """Nodes that run as one int8 kernel: root first, then the tail that is fused into it.
@@ -174,6 +181,7 @@ class QuantPlan:
         attributes: plain attributes of the user's module, which code around it may read.
         weight_bytes: bytes of the quantized weights as float32 and as integers with their qparams.
         untraceable: reason for each float leaf module that could not be traced.
+        statistics: of the layers that a BatchNorm was folded into; not kept in files.
     """
 
     backend: str
@@ -196,6 +204,7 @@ class QuantPlan:
     attributes: dict[str, Any] = field(default_factory=dict)
     weight_bytes: tuple[int, int] = (0, 0)
     untraceable: dict[str, str] = field(default_factory=dict)
+    statistics: dict[str, ChannelStatistics] = field(default_factory=dict)
 
     def origin(self, name: str) -> Origin:
         """Origin of a node; empty for nodes that fxq inserted."""
@@ -229,7 +238,7 @@ class QuantPlan:
 
     def forget(self, name: str) -> None:
         """Drop what is known of a node that a pass erased."""
-        for table in (self.decisions, self.origins, self.facts, self.kernels, self.macs):
+        for table in (self.decisions, self.origins, self.facts, self.kernels, self.macs, self.statistics):
             table.pop(name, None)
 
     def check(self, graph: Graph) -> None:

@@ -11,13 +11,22 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from torch import nn
 from torch.fx import Node
 
-from fxq.graph_module import QuantModule, free_path, get_attribute, set_tensor
+from fxq.graph_module import QuantModule
 from fxq.ops import BATCH_NORM, CONV_TRANSPOSES, CONVS, LINEAR, Dictionary, Op
 from fxq.pass_base import Pass
-from fxq.plan import Fusion, QuantPlan
+from fxq.passes.layer_weights import (
+    axis_one_is_channels,
+    count_readers,
+    drop_unread_tensors,
+    scale_inputs,
+    scale_outputs,
+    set_parameters,
+    static_parameters,
+    static_tensor,
+)
+from fxq.plan import ChannelStatistics, Fusion, QuantPlan
 
 
 class FoldBatchNorm(Pass):
@@ -31,7 +40,7 @@ class FoldBatchNorm(Pass):
 
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
         folded = 0
-        self._readers = _count_readers(module)
+        self._readers = count_readers(module)
         for node in list(module.graph.nodes):
             if self.ops.op_of(node) is not BATCH_NORM:
                 continue
@@ -42,7 +51,7 @@ class FoldBatchNorm(Pass):
                 node, *affine, module, plan
             )
         module.graph.eliminate_dead_code()
-        _drop_unread_tensors(module)
+        drop_unread_tensors(module)
         return folded
 
     def _fold_into_producer(
@@ -58,8 +67,9 @@ class FoldBatchNorm(Pass):
         if parameters is None:
             return False
         weight, bias = parameters
-        new_weight = _scale_output_channels(weight, scale, op, layer)
-        _set_weights(layer, op, new_weight, scale * (0 if bias is None else bias) + shift, module, self._readers)
+        new_weight = scale_outputs(weight, scale, op, layer)
+        set_parameters(layer, op, new_weight, scale * (0 if bias is None else bias) + shift, module, self._readers)
+        plan.statistics[layer.name] = _statistics(node, scale, shift, module)
         _log(node, layer, plan, "BatchNorm into the layer before")
         node.replace_all_uses_with(layer)
         _erase(node, plan)
@@ -80,16 +90,9 @@ class FoldBatchNorm(Pass):
         if parameters is None:
             return False
         weight, bias = parameters
-        groups = op.get(layer, "groups")
-        per_output = weight.shape[0] // groups
-
-        def of_inputs(values: torch.Tensor) -> torch.Tensor:  # [out, in / groups, 1, ...]
-            rows = values.reshape(groups, 1, -1).expand(-1, per_output, -1).reshape(weight.shape[0], -1)
-            return rows.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
-
-        extra = (weight * of_inputs(shift)).flatten(1).sum(1)
+        extra = scale_inputs(weight, shift, op, layer).flatten(1).sum(1)
         bias = extra if bias is None else bias + extra
-        _set_weights(layer, op, weight * of_inputs(scale), bias, module, self._readers)
+        set_parameters(layer, op, scale_inputs(weight, scale, op, layer), bias, module, self._readers)
         _log(node, layer, plan, "BatchNorm into the conv after")
         node.replace_all_uses_with(node.args[0])
         _erase(node, plan)
@@ -100,11 +103,11 @@ def _affine(node: Node, module: QuantModule) -> tuple[torch.Tensor, torch.Tensor
     """``(a, b)`` of an eval-mode BatchNorm in float64; ``None`` if it uses batch statistics."""
     if BATCH_NORM.get(node, "training"):
         return None
-    mean = _static(BATCH_NORM.get(node, "running_mean"), module)
-    var = _static(BATCH_NORM.get(node, "running_var"), module)
+    mean = static_tensor(BATCH_NORM.get(node, "running_mean"), module)
+    var = static_tensor(BATCH_NORM.get(node, "running_var"), module)
     if mean is None or var is None:
         return None
-    gamma, beta = (_static(BATCH_NORM.get(node, name), module) for name in ("weight", "bias"))
+    gamma, beta = (static_tensor(BATCH_NORM.get(node, name), module) for name in ("weight", "bias"))
     scale = torch.rsqrt(var + BATCH_NORM.get(node, "eps"))
     if gamma is not None:
         scale = scale * gamma
@@ -112,72 +115,21 @@ def _affine(node: Node, module: QuantModule) -> tuple[torch.Tensor, torch.Tensor
     return scale, shift if beta is None else shift + beta
 
 
+def _statistics(
+    node: Node, scale: torch.Tensor, shift: torch.Tensor, module: QuantModule
+) -> ChannelStatistics:
+    """Mean and standard deviation of a BatchNorm's output while training, by its running statistics."""
+    mean, var = (static_tensor(BATCH_NORM.get(node, name), module) for name in ("running_mean", "running_var"))
+    assert mean is not None and var is not None
+    return ChannelStatistics(tuple((scale * mean + shift).tolist()), tuple((scale.abs() * var.sqrt()).tolist()))
+
+
 def _foldable_parameters(
     layer: Node, op: Op, module: QuantModule, plan: QuantPlan
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Weight and bias of a layer in float64; ``None`` if they are not constant or BatchNorm does not fit the layer."""
-    weight, bias = (_static(op.get(layer, name), module) for name in ("weight", "bias"))
-    if weight is None or (bias is None and op.get(layer, "bias") is not None):
-        return None
-    return (weight, bias) if _axis_one_is_channels(layer, weight, plan) else None
-
-
-def _axis_one_is_channels(layer: Node, weight: torch.Tensor, plan: QuantPlan) -> bool:
-    """Whether axis 1, which BatchNorm normalises, is the layer's channels.
-
-    It is not for a linear layer on (N, L, features), nor for a conv without a batch dimension.
-    """
-    fact = plan.facts.get(layer.name)
-    return fact is not None and len(fact.shape) == weight.dim()
-
-
-def _static(value: object, module: QuantModule) -> torch.Tensor | None:
-    """The tensor of a ``get_attr`` argument in float64: folding then rounds once."""
-    if not isinstance(value, Node) or value.op != "get_attr":
-        return None
-    tensor = get_attribute(module, str(value.target))
-    return tensor.detach().double() if isinstance(tensor, torch.Tensor) else None
-
-
-def _scale_output_channels(weight: torch.Tensor, scale: torch.Tensor, op: Op, layer: Node) -> torch.Tensor:
-    if op not in CONV_TRANSPOSES:
-        return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-    # A transposed conv's weight is [in, out / groups, ...], and output channels are numbered group by group.
-    groups = op.get(layer, "groups")
-    by_group = scale.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
-    return (weight.reshape(groups, -1, *weight.shape[1:]) * by_group).reshape(weight.shape)
-
-
-def _set_weights(
-    layer: Node, op: Op, weight: torch.Tensor, bias: torch.Tensor, module: QuantModule, readers: Counter[int]
-) -> None:
-    weight_node, bias_node = op.get(layer, "weight"), op.get(layer, "bias")
-    weight_path = _own_path(weight_node, module, readers)
-    bias_path = weight_path.rpartition(".")[0] + ".bias" if bias_node is None else _own_path(bias_node, module, readers)
-    if bias_node is None:
-        bias_path = free_path(module, bias_path.removeprefix("."))
-    set_tensor(module, weight_path, nn.Parameter(weight.float()))
-    set_tensor(module, bias_path, nn.Parameter(bias.float()))
-    with layer.graph.inserting_before(layer):
-        args = list(layer.args)
-        args[op.index("weight")] = layer.graph.get_attr(weight_path)
-        args[op.index("bias")] = layer.graph.get_attr(bias_path)
-    layer.args = tuple(args)
-
-
-def _own_path(node: Node, module: QuantModule, readers: Counter[int]) -> str:
-    """The path of a tensor that only this layer reads; a new path if others read it too."""
-    path = str(node.target)
-    return path if readers[id(get_attribute(module, path))] <= 1 else free_path(module, path)
-
-
-def _count_readers(module: QuantModule) -> Counter[int]:
-    """How many nodes read each tensor, by its identity: one tensor may be known under several paths."""
-    readers: Counter[int] = Counter()
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            readers[id(get_attribute(module, str(node.target)))] += len(node.users)
-    return readers
+    parameters = static_parameters(layer, op, module)
+    return parameters if parameters is not None and axis_one_is_channels(layer, parameters[0], plan) else None
 
 
 def _log(node: Node, layer: Node, plan: QuantPlan, detail: str) -> None:
@@ -188,13 +140,3 @@ def _log(node: Node, layer: Node, plan: QuantPlan, detail: str) -> None:
 def _erase(node: Node, plan: QuantPlan) -> None:
     plan.forget(node.name)
     node.graph.erase_node(node)
-
-
-def _drop_unread_tensors(module: QuantModule) -> None:
-    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
-    for path, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
-        parent, _, name = path.rpartition(".")
-        parts = parent.split(".")
-        if path not in read and not any(".".join(parts[:end]) in called for end in range(1, len(parts) + 1)):
-            delattr(module.get_submodule(parent), name)

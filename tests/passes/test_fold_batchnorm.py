@@ -68,6 +68,21 @@ def test_into_the_conv_after_without_bias():
     fold(sequence(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1, bias=False)), X2, 1)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_statistics_of_the_layer_it_is_folded_into(affine):
+    """What the layer gives for data with the running statistics as its own: a batch normalised by itself."""
+    norm = nn.BatchNorm2d(6, affine=affine)
+    model = sequence(nn.Conv2d(4, 6, 1), norm)
+    before = model.seq[0](X2)
+    norm.running_mean.copy_(before.mean((0, 2, 3)))
+    norm.running_var.copy_(before.var((0, 2, 3), correction=0))
+    module = fold(model, X2, 1)
+    mean, std = map(torch.tensor, module.plan.statistics["seq_0"])
+    after = model(X2)
+    same(mean, after.mean((0, 2, 3)))
+    same(std, after.std((0, 2, 3), correction=0))
+
+
 def test_padding_forbids_the_conv_after():
     module = fold(sequence(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1)), X2, 0)
     assert op_names(module) == ["batch_norm", "conv2d"]
