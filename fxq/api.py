@@ -120,11 +120,11 @@ def prepare(
         >>> for images, _ in loader: prepared(images)                                 # doctest: +SKIP
         >>> qmodel = fxq.convert(prepared)                                            # doctest: +SKIP
     """
-    args, kwargs = _as_inputs(example_inputs)
+    args, kwargs = as_inputs(example_inputs)
     return _prepare(model, args, kwargs, backend, qconfig, exclude)
 
 
-def _as_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+def as_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     if isinstance(example_inputs, Mapping):
         return (), example_inputs
     if isinstance(example_inputs, (tuple, list)):

@@ -20,11 +20,12 @@ _LIBRARY.define("dequantize_channel(Tensor q, Tensor scale, Tensor zero_point, i
 def _quantize(
     x: torch.Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    return torch.clamp(torch.round(x * (1.0 / scale)) + zero_point, quant_min, quant_max).to(dtype)
+    # In place on a tensor of its own: for large activations, fresh memory costs more than the arithmetic.
+    return (x * (1.0 / scale)).round_().add_(zero_point).clamp_(quant_min, quant_max).to(dtype)
 
 
 def _dequantize(q: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
-    return (q.to(torch.float32) - zero_point) * scale
+    return q.to(torch.float32, copy=True).sub_(zero_point).mul_(scale)
 
 
 def _dequantize_channel(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:

@@ -20,7 +20,8 @@ from fxq.records import graph_records, observer_records
 _HEAVY = ("conv", "linear")
 
 
-def _table(rows: list[list[Any]], headers: list[str], widths: list[int | None]) -> str:
+def table(rows: list[list[Any]], headers: list[str], widths: list[int | None]) -> str:
+    """Rows as text; ``widths`` are the most columns of each cell, ``None`` for any."""
     if not rows:
         return tabulate([["(none)"]], headers[:1])
     return tabulate(rows, headers, tablefmt="simple", maxcolwidths=widths, disable_numparse=True)
@@ -62,7 +63,7 @@ def summary(model: nn.Module) -> str:
     text = tabulate(rows, tablefmt="plain", maxcolwidths=[None, 85])
     reasons = Counter(r["reason"].partition(":")[0] for r in operations if r["type"] == "float")
     if reasons:
-        text += "\n\n" + _table([[n, why] for why, n in reasons.most_common()], ["float nodes", "reason"], [None, 90])
+        text += "\n\n" + table([[n, why] for why, n in reasons.most_common()], ["float nodes", "reason"], [None, 90])
     if partition is not None:
         text += "\n\n" + _partition_table(regions, partition)
     return text
@@ -72,7 +73,7 @@ def _partition_table(regions: Mapping[str, QuantModule], partition: Partition) -
     rows = [[path, region.plan.model, "int8 region", ""] for path, region in regions.items()]
     rows += [[path, "", "float", why] for path, why in partition.left.items()]
     rows.append(["(the model)", "", "as it was", partition.reason])
-    return _table(rows, ["module", "type", "became", "because"], [30, 24, None, 50])
+    return table(rows, ["module", "type", "became", "because"], [30, 24, None, 50])
 
 
 def _is_heavy(record: dict[str, Any]) -> bool:
@@ -128,7 +129,7 @@ def _graph_table(records: list[dict[str, Any]]) -> str:
         for record in records
     ]
     headers = ["node", "op", "type", "kernel, or why float", "scale", "zp", "shape"]
-    return _table(rows, headers, [24, 18, None, 31, None, None, 17])
+    return table(rows, headers, [24, 18, None, 31, None, None, 17])
 
 
 def _number(value: float | None) -> str:
@@ -159,7 +160,7 @@ def _observer_table(records: list[dict[str, Any]]) -> str:
         for record in records
     ]
     headers = ["watches", "spec", "batches", "min", "max", "scale", "zp", "shared by"]
-    return _table(rows, headers, [21, 18, None, None, None, None, None, 21])
+    return table(rows, headers, [21, 18, None, None, None, None, None, 21])
 
 
 def _span(values: list[float] | None, extreme: Any) -> str:
@@ -184,7 +185,7 @@ def fusion_table(model: nn.Module) -> str:
         model: prepared, reference or lowered.
     """
     rows = [[f.action, f.what, f.into, f.detail] for region in regions_of(model).values() for f in region.plan.fusions]
-    return _table(rows, ["action", "what", "into", "how"], [None, 36, 36, 36])
+    return table(rows, ["action", "what", "into", "how"], [None, 36, 36, 36])
 
 
 def backends() -> str:
@@ -196,7 +197,7 @@ def backends() -> str:
         bits = f"{backend.activation.bits} / {backend.weight.bits}"
         rows.append([name, backend.engine, available, bits, len(backend.rows), "; ".join(backend.notes)])
     headers = ["backend", "engine", "available", "act / weight bits", "rows", "why"]
-    return _table(rows, headers, [None, None, 12, 14, None, 52])
+    return table(rows, headers, [None, None, 12, 14, None, 52])
 
 
 def backend_table(backend: str | Backend) -> str:
@@ -213,9 +214,9 @@ def backend_table(backend: str | Backend) -> str:
         [row.name, row.op.name, _tail(row), _output(row), _weights(row), row.emit.kernel] for row in backend.rows
     ]
     headers = ["row", "op", "fused after it", "output qparams", "weight", "kernel"]
-    text = _table(rows, headers, [18, 18, 14, 17, 12, 29])
+    text = table(rows, headers, [18, 18, 14, 17, 12, 29])
     absent = [[op.name, reason.text] for op, reason in backend.absent.items()]
-    return text + "\n\n" + _table(absent, ["not in int8", "why"], [None, 90])
+    return text + "\n\n" + table(absent, ["not in int8", "why"], [None, 90])
 
 
 def _tail(row: OpRow) -> str:
