@@ -2,11 +2,13 @@
 
 from fxq.api import convert, convert_to_reference, lower, prepare, quantize
 from fxq.calibration import calibrate
+from fxq.comparison import compare, compare_records
 from fxq.config import QConfig, QConfigMapping
 from fxq.errors import FxqError, FxqWarning
 from fxq.networkx_export import to_networkx, write_graph
 from fxq.records import graph_records, observer_records
 from fxq.report import backend_table, backends, fusion_table, graph_table, observer_table, summary
+from fxq.sensitivity import sensitivity, sensitivity_records
 from fxq.serialization import load, load_reference, save
 from fxq.spec import QuantSpec
 
@@ -19,6 +21,8 @@ __all__ = [
     "backend_table",
     "backends",
     "calibrate",
+    "compare",
+    "compare_records",
     "convert",
     "convert_to_reference",
     "fusion_table",
@@ -32,6 +36,8 @@ __all__ = [
     "prepare",
     "quantize",
     "save",
+    "sensitivity",
+    "sensitivity_records",
     "summary",
     "to_networkx",
     "write_graph",

@@ -10,11 +10,13 @@ from typing import Any
 from torch import nn
 
 from fxq.backends import get_backend
-from fxq.calibration import ForwardFn, calibrate, forward_parameters, iterate, model_inputs
+from fxq.calibration import ForwardFn, calibrate, example_inputs_of, iterate
 from fxq.config import QConfig, QConfigMapping
 from fxq.engine import require_engine
 from fxq.errors import CalibrationError, FxqWarning, StageError
 from fxq.graph_module import BACKEND, QuantModule, copy_module
+from fxq.measures import Metric
+from fxq.mixed_precision import Budget, KeepFirst, within_budget
 from fxq.op_table import Backend
 from fxq.partition import map_regions, partition_of, regions_of
 from fxq.pass_base import Pipeline
@@ -39,6 +41,9 @@ def quantize(
     example_inputs: Any = None,
     num_batches: int | None = None,
     forward_fn: ForwardFn | None = None,
+    metric: Metric | None = None,
+    max_drop: float | None = None,
+    target: str | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """Quantize an unmodified model to int8 in one call.
@@ -54,6 +59,11 @@ def quantize(
         num_batches: calibrate with this many batches; all by default.
         forward_fn: ``forward_fn(model, batch)``, where a batch does not tell how the model is called; needs
             ``example_inputs``.
+        metric: ``metric(model)`` is a number, higher is better, such as the accuracy in percent on data of its own.
+            With ``max_drop``, the fewest layers stay float with which the int8 model's is at most that much below the
+            float model's (:mod:`fxq.mixed_precision`). The summary says which and why.
+        max_drop: in the units of ``metric``.
+        target: ``"sqnr:30"`` instead of the two: the output's SQNR on the calibration data is at least 30 dB.
         progress: show a progress bar; by default only on a terminal.
 
     Returns:
@@ -67,19 +77,24 @@ def quantize(
         >>> qmodel = fxq.quantize(resnet18().eval(), loader, backend="x86")           # doctest: +SKIP
         >>> print(fxq.summary(qmodel))                                                # doctest: +SKIP
     """
+    budget = Budget.parse(metric, max_drop, target)
     if example_inputs is None:
-        if forward_fn is not None:
-            raise CalibrationError("forward_fn needs example_inputs: a batch does not tell how the model is called")
         batches = iterate(calibration_data)
         first = next(batches, None)
         if first is None:
             raise CalibrationError("the calibration data is empty: give at least one batch")
-        args, kwargs = model_inputs(first, forward_parameters(model))
+        args, kwargs = example_inputs_of(model, first, forward_fn)
         calibration_data = _Chained(first, batches, calibration_data)
         prepared = _prepare(model, args, kwargs, backend, qconfig, exclude)
     else:
         prepared = prepare(model, example_inputs, backend=backend, qconfig=qconfig, exclude=exclude)
-    calibrate(prepared, calibration_data, num_batches=num_batches, forward_fn=forward_fn, progress=progress)
+    data = calibration_data if budget is None else KeepFirst(calibration_data)
+    calibrate(prepared, data, num_batches=num_batches, forward_fn=forward_fn, progress=progress)
+    if isinstance(data, KeepFirst) and budget is not None:
+        prepared = within_budget(
+            model, prepared, data.first, budget,
+            convert=convert_to_reference, lower=convert, forward_fn=forward_fn, progress=progress,
+        )  # fmt: skip
     return _convert(prepared)
 
 
@@ -125,6 +140,7 @@ def prepare(
 
 
 def as_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """``(args, kwargs)`` of example inputs as :func:`prepare` takes them."""
     if isinstance(example_inputs, Mapping):
         return (), example_inputs
     if isinstance(example_inputs, (tuple, list)):

@@ -101,6 +101,19 @@ def model_inputs(batch: Any, parameters: list[inspect.Parameter]) -> tuple[tuple
     return tuple(batch[: len(names)]), {}
 
 
+def example_inputs_of(
+    model: nn.Module, batch: Any, forward_fn: ForwardFn | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` of a batch, to trace a model with.
+
+    Raises:
+        CalibrationError: with ``forward_fn``, which alone knows how a batch becomes inputs.
+    """
+    if forward_fn is not None:
+        raise CalibrationError("forward_fn needs example_inputs: a batch does not tell how the model is called")
+    return model_inputs(batch, forward_parameters(model))
+
+
 def iterate(data: Iterable[Any]) -> Iterator[Any]:
     """``iter(data)``; raises CalibrationError for what is no iterable."""
     try:

@@ -22,15 +22,15 @@ from torch.fx import Node
 
 from fxq.api import as_inputs
 from fxq.backends import get_backend
-from fxq.calibration import ForwardFn, forward_parameters, model_inputs
+from fxq.calibration import ForwardFn, example_inputs_of
 from fxq.config import QConfigMapping
-from fxq.errors import CalibrationError, InputError
-from fxq.graph_module import QuantModule, copy_module, free_path, get_attribute
+from fxq.errors import InputError
+from fxq.graph_module import BACKEND, QuantModule, copy_module, free_path, get_attribute
 from fxq.lockstep import Walk, region_inputs
-from fxq.noise import Noise, keep_batches, model_outputs, output_noise
+from fxq.measures import Noise, keep_batches, model_outputs, output_noise
 from fxq.partition import Inputs, map_regions, reference_of, regions_of
 from fxq.plan import EXCLUDED
-from fxq.preparation import BACKEND, prepare_model
+from fxq.preparation import prepare_model
 from fxq.qdq import DEQUANTIZE, QUANTIZE, is_dequantize, is_quantize
 from fxq.records import graph_records
 from fxq.report import table
@@ -107,13 +107,8 @@ def compare_records(
     """
     reference = reference_of(qmodel)
     batches = keep_batches(data, num_batches)
-    if example_inputs is None:
-        if forward_fn is not None:
-            raise CalibrationError("forward_fn needs example_inputs: a batch does not tell how the model is called")
-        inputs: Inputs = model_inputs(batches[0], forward_parameters(model))
-    else:
-        inputs = as_inputs(example_inputs)
-    floats = _float_graphs(model, reference, inputs)
+    given = example_inputs_of(model, batches[0], forward_fn) if example_inputs is None else as_inputs(example_inputs)
+    floats = _float_graphs(model, reference, given)
     weights_only, activations_only = _only_one(floats, reference)
     calls = region_inputs(floats, batches, samples=len(batches) * 2**31, forward_fn=forward_fn)
     twins, halves = regions_of(floats), regions_of(weights_only)
@@ -289,7 +284,9 @@ class _OwnWeights:
         chains: names of the nodes of each layer.
     """
 
-    def __init__(self, weights_only: QuantModule, floats: QuantModule, walk: Walk, chains: list[tuple[str, ...]]) -> None:
+    def __init__(
+        self, weights_only: QuantModule, floats: QuantModule, walk: Walk, chains: list[tuple[str, ...]]
+    ) -> None:
         self.walk = walk
         self.floats = {node.name: node for node in floats.graph.nodes}
         self.nodes = {node.name: node for node in weights_only.graph.nodes}

@@ -60,6 +60,7 @@ DYNAMIC_WEIGHT = Reason("dynamic-weight", "its weight is computed at run time")
 NEVER_OBSERVED = Reason("never-observed", "its observer saw no data while calibrating")
 OPTIONS = Reason("options", "the int8 kernel does not support these arguments")
 INPLACE = Reason("in-place", "part of an update in place")
+SENSITIVE = Reason("sensitive", "kept float for accuracy")
 MIXED_QPARAMS = Reason("mixed-qparams", "its int8 kernel cannot change scale and zero_point")
 
 

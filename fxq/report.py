@@ -14,10 +14,11 @@ from fxq.engine import available_engines
 from fxq.graph_module import QuantModule
 from fxq.op_table import Backend, Fixed, OpRow, Weights
 from fxq.partition import Partition, partition_of, regions_of
-from fxq.plan import Stage
+from fxq.plan import SENSITIVE, Stage
 from fxq.records import graph_records, observer_records
 
 _HEAVY = ("conv", "linear")
+_KEPT = f"{SENSITIVE.text}: "
 
 
 def table(rows: list[list[Any]], headers: list[str], widths: list[int | None]) -> str:
@@ -64,6 +65,9 @@ def summary(model: nn.Module) -> str:
     reasons = Counter(r["reason"].partition(":")[0] for r in operations if r["type"] == "float")
     if reasons:
         text += "\n\n" + table([[n, why] for why, n in reasons.most_common()], ["float nodes", "reason"], [None, 90])
+    kept = [[r["node"], r["op"], r["reason"].removeprefix(_KEPT)] for r in records if r["reason"].startswith(_KEPT)]
+    if kept:
+        text += "\n\n" + table(kept, [SENSITIVE.text, "op", "what it costs"], [36, 18, 60])
     if partition is not None:
         text += "\n\n" + _partition_table(regions, partition)
     return text

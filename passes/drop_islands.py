@@ -28,10 +28,12 @@ class DropIslands(Pass):
         region_of = {name: number for number, region in enumerate(plan.regions) for name in region.nodes}
         graph: nx.Graph[int] = nx.Graph()
         graph.add_nodes_from(range(len(plan.regions)))
+        observers = set(plan.observer_nodes(module.graph))
         for node in module.graph.nodes:
-            for user in node.users:
-                if node.name in region_of and user.name in region_of:
-                    graph.add_edge(region_of[node.name], region_of[user.name])
+            readers = [r for user in node.users for r in (user.users if user.name in observers else (user,))]
+            for reader in readers:
+                if node.name in region_of and reader.name in region_of:
+                    graph.add_edge(region_of[node.name], region_of[reader.name])
         regions = list(plan.regions)
         dropped = [
             regions[number]

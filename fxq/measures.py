@@ -1,10 +1,11 @@
-"""How far tensors, or the outputs of two models, are apart: SQNR and cosine, summed up over batches."""
+"""What models are judged by: SQNR and cosine, summed up over batches, or a metric of the user's."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+import numbers
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from fxq.calibration import ForwardFn, forward_parameters, iterate, model_inputs
 from fxq.errors import CalibrationError, ConfigError, InputError
+
+Metric = Callable[[nn.Module], float]
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Noise:
 
 
 def _square(x: torch.Tensor) -> float:
-    return torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
 def keep_batches(data: Iterable[Any], num_batches: int | None) -> list[Any]:
@@ -109,3 +112,19 @@ def output_noise(expected: list[list[torch.Tensor]], actual: list[list[torch.Ten
 def _shortened(value: object) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def evaluate(metric: Metric, model: nn.Module) -> float:
+    """What the user's metric says of a model.
+
+    Raises:
+        ConfigError: if that is no finite number.
+    """
+    value: Any = metric(model)
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ConfigError(f"metric(model) returned a {type(value).__name__}; it must return a number, higher is better")
+    if not math.isfinite(value):
+        raise ConfigError(f"metric(model) returned {value}; it must return a finite number, higher is better")
+    return float(value)

@@ -1,0 +1,246 @@
+"""Mixed precision by budget: keep the fewest layers float that hold a quantized model within what it may lose.
+
+Layers are ranked by the SQNR of the output when each alone is quantized. Then int8 models are made with the first k
+layers of that ranking float: k = 0, 1, 2, 4, ... until one is good enough, and by bisection down to the smallest such
+k. At last each of the k layers is quantized again, the least sensitive first; it stays float only if the model is not
+good enough otherwise, and what it was then is what the layer costs. With n layers that is n runs of a fake-quantized
+model on a few samples, and about 2 log2(k) + k int8 models to judge.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from fxq.calibration import ForwardFn
+from fxq.errors import ConfigError, FxqWarning, InputError
+from fxq.layers import Layer, each_alone, with_float
+from fxq.lockstep import samples_in
+from fxq.measures import Metric, evaluate, model_outputs, output_noise
+from fxq.partition import regions_of
+
+# Samples of the calibration data that layers are ranked, and a target in dB is measured, with.
+RANKING_SAMPLES = 32
+
+Convert = Callable[[nn.Module], nn.Module]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a quantized model may lose: ``max_drop`` of a metric, or the SQNR of its output may fall to ``sqnr`` dB.
+
+    Example:
+        >>> Budget.parse(None, None, "sqnr:30").sqnr
+        30.0
+    """
+
+    metric: Metric | None = None
+    max_drop: float = 0.0
+    sqnr: float = 0.0
+
+    @classmethod
+    def parse(cls, metric: Metric | None, max_drop: float | None, target: str | None) -> Budget | None:
+        """The budget that the options of :func:`fxq.quantize` ask for, ``None`` if they are not given.
+
+        Raises:
+            ConfigError: if they contradict each other or are malformed.
+        """
+        if target is not None:
+            if metric is not None or max_drop is not None:
+                raise ConfigError("give either target='sqnr:30', or metric= with max_drop=, not both")
+            return cls(sqnr=_decibels(target))
+        if metric is None and max_drop is None:
+            return None
+        if metric is None or max_drop is None:
+            given, missing = ("metric", "max_drop") if max_drop is None else ("max_drop", "metric")
+            raise ConfigError(f"{given}= needs {missing}=: metric(model) is judged against the float model's")
+        if not callable(metric):
+            raise ConfigError(f"metric is a {type(metric).__name__}; give a function: metric(model) -> float")
+        if isinstance(max_drop, bool) or not isinstance(max_drop, (int, float)) or not 0 <= max_drop < math.inf:
+            raise ConfigError(f"max_drop={max_drop!r}: give a number of at least 0, in the units of the metric")
+        return cls(metric, float(max_drop))
+
+
+def _decibels(target: str) -> float:
+    kind, _, number = target.partition(":") if isinstance(target, str) else ("", "", "")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if kind != "sqnr" or not math.isfinite(value):
+        raise ConfigError(f"target={target!r}: write 'sqnr:30' for an output SQNR of at least 30 dB")
+    return value
+
+
+class KeepFirst:
+    """Data that remembers its first batches while it is read, up to :data:`RANKING_SAMPLES` samples."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self.data = data
+        self.first: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        seen = 0
+        for batch in self.data:
+            if seen < RANKING_SAMPLES:
+                self.first.append(batch)
+                seen += samples_in(batch)
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+
+def within_budget(
+    model: nn.Module,
+    prepared: nn.Module,
+    batches: Sequence[Any],
+    budget: Budget,
+    *,
+    convert: Convert,
+    lower: Convert,
+    forward_fn: ForwardFn | None,
+    progress: bool | None,
+) -> nn.Module:
+    """The calibrated model with the fewest layers float that meets a budget, still to be converted.
+
+    Args:
+        model: the float model.
+        prepared: calibrated; unchanged.
+        batches: to rank the layers on.
+        budget: what the model may lose.
+        convert: makes a reference graph of a prepared model.
+        lower: makes the int8 model to judge of a prepared model.
+        forward_fn: as for :func:`fxq.quantize`.
+        progress: show a progress bar; by default only on a terminal.
+
+    Raises:
+        ConfigError: if the metric returns no number, or if not even the model with all layers float is good enough.
+    """
+    show = sys.stderr.isatty() if progress is None else progress
+    return _Search(model, prepared, batches, budget, convert, lower, forward_fn, show).run()
+
+
+class _Search:
+    def __init__(
+        self, model: nn.Module, prepared: nn.Module, batches: Sequence[Any], budget: Budget, convert: Convert,
+        lower: Convert, forward_fn: ForwardFn | None, show: bool,
+    ) -> None:  # fmt: skip
+        self.prepared, self.batches, self.budget = prepared, batches, budget
+        self.convert, self.lower, self.forward_fn, self.show = convert, lower, forward_fn, show
+        self.float_model = model
+        self.scores: dict[frozenset[Layer], float] = {}
+        self.no_sqnr = False
+        self.best = math.inf if budget.metric is None else evaluate(budget.metric, model)
+        self.expected: list[Any] = []
+        self.bar = tqdm(desc="int8 models judged", disable=not show)
+
+    def run(self) -> nn.Module:
+        score = self._score([])
+        if self._is_enough(score):
+            return self._noted(f"{self._named(score)}: {self._limit}, no layer had to stay float", {})
+        ranking = self._rank()
+        chosen = self._fewest(ranking)
+        costs = self._give_back([layer for layer, _ in chosen])
+        alone = dict(ranking)
+        details = {
+            layer: f"alone in int8 {self._named(alone[layer], not self.no_sqnr)}; int8 here too {self._named(cost)}"
+            for layer, cost in costs.items()
+        }
+        final = self._named(self._score(list(costs)))
+        kept = f"{len(costs)} of {len(ranking)} layers float"
+        return self._noted(f"{final} with {kept}: {self._limit}; all in int8, {self._named(score)}", details)
+
+    @property
+    def _limit(self) -> str:
+        if self.budget.metric is None:
+            return f"the target is {self.budget.sqnr:g} dB"
+        return f"max_drop={self.budget.max_drop:g} from {self.best:.4g}"
+
+    def _named(self, score: float, is_sqnr: bool = False) -> str:
+        return f"SQNR {score:.1f} dB" if is_sqnr or self.budget.metric is None else f"metric {score:.4g}"
+
+    def _is_enough(self, score: float) -> bool:
+        return score >= (self.budget.sqnr if self.budget.metric is None else self.best - self.budget.max_drop)
+
+    def _score(self, floats: Sequence[Layer]) -> float:
+        """How good the int8 model is with these layers float."""
+        key = frozenset(floats)
+        if key not in self.scores:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FxqWarning)
+                candidate = self.lower(with_float(self.prepared, dict.fromkeys(floats, "")))
+            self.bar.update()
+            self.scores[key] = self._judged(candidate)
+        return self.scores[key]
+
+    def _judged(self, candidate: nn.Module) -> float:
+        return self._sqnr(candidate) if self.budget.metric is None else evaluate(self.budget.metric, candidate)
+
+    def _sqnr(self, candidate: nn.Module) -> float:
+        self.expected = self.expected or model_outputs(self.float_model, self.batches, self.forward_fn)
+        return output_noise(self.expected, model_outputs(candidate, self.batches, self.forward_fn)).sqnr
+
+    def _rank(self) -> list[tuple[Layer, float]]:
+        """Layers with what the output is when each alone is int8, the most sensitive first."""
+
+        def alone(candidate: nn.Module) -> float:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FxqWarning)
+                reference = self.convert(candidate)
+            return self._judged(reference) if self.no_sqnr else self._sqnr(reference)
+
+        try:
+            found = each_alone(self.prepared, alone, show=self.show)
+        except InputError:
+            if self.budget.metric is None:
+                raise
+            self.no_sqnr = True  # as for boxes, whose number differs
+            found = each_alone(self.prepared, alone, show=self.show)
+        return sorted(found, key=lambda pair: pair[1])
+
+    def _fewest(self, ranking: list[tuple[Layer, float]]) -> list[tuple[Layer, float]]:
+        """The shortest beginning of the ranking that is enough, as far as doubling and bisection see."""
+
+        def enough(count: int) -> bool:
+            return self._is_enough(self._score([layer for layer, _ in ranking[:count]]))
+
+        low, high = 0, 1
+        while not enough(high):
+            if high == len(ranking):
+                hint = "lower it" if self.budget.metric is None else "is the metric the same each time it is called?"
+                score = self._named(self._score([layer for layer, _ in ranking]))
+                raise ConfigError(
+                    f"not even with all {len(ranking)} layers float is the model good enough: {score}, but "
+                    f"{self._limit}; {hint}"
+                )
+            low, high = high, min(2 * high, len(ranking))
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if enough(middle) else (middle, high)
+        return ranking[:high]
+
+    def _give_back(self, floats: list[Layer]) -> dict[Layer, float]:
+        """The layers that cannot be int8, each with how good the model is when it is."""
+        costs: dict[Layer, float] = {}
+        for layer in reversed(floats):
+            others = [other for other in floats if other is not layer]
+            score = self._score(others)
+            if self._is_enough(score):
+                floats = others
+            else:
+                costs[layer] = score
+        return {layer: costs[layer] for layer in floats}
+
+    def _noted(self, note: str, details: dict[Layer, str]) -> nn.Module:
+        self.bar.close()
+        found = with_float(self.prepared, details)
+        next(iter(regions_of(found).values())).plan.notes.append(note)
+        return found
