@@ -84,10 +84,11 @@ def test_a_budget_that_is_met_at_once():
 
 def test_a_budget_that_cannot_be_met():
     calls = itertools.count()
-    with pytest.raises(ConfigError, match="all 3 layers float.*the same each time"):
+    with pytest.raises(ConfigError, match=r"all 3 layers float.*the same each time"):
         fxq.quantize(chain(), images(), backend="qnnpack", metric=lambda model: -next(calls), max_drop=0.5)
-    with pytest.raises(ConfigError, match="all 3 layers float.*lower it"):
-        fxq.quantize(chain(), images(), backend="qnnpack", target="sqnr:300")
+    net = Lambda(lambda m, x: m.bn(m.a(x)), a=conv(), bn=nn.BatchNorm2d(4))  # folding is exact to rounding only
+    with pytest.raises(ConfigError, match=r"all 1 layers float.*lower it"):
+        fxq.quantize(net, images(), backend="qnnpack", target="sqnr:300")
 
 
 def test_summary_and_graph_table_say_which_and_why():
@@ -131,13 +132,15 @@ def test_regions():
             return {"y": self.head(y), "boxes": y[y > y.mean()]} if float(y.sum()) < 1e9 else y
 
     net = Loops().eval()
-    expected = net(X)["y"].argmax(1)
+    expected = net(X)["y"].detach()
 
     def metric(model):
-        return (model(X)["y"].argmax(1) == expected).float().mean()
+        return -(model(X)["y"] - expected).abs().max().detach()
 
-    qmodel = fxq.quantize(net, images(), backend="qnnpack", qconfig="per_tensor", metric=metric, max_drop=0.05)
-    assert metric(qmodel) >= 0.95
+    plain = fxq.quantize(net, images(), backend="qnnpack", qconfig="per_tensor")
+    limit = -metric(plain).item() / 2
+    qmodel = fxq.quantize(net, images(), backend="qnnpack", qconfig="per_tensor", metric=metric, max_drop=limit)
+    assert metric(qmodel) >= -limit
     kept = [r["module"] for r in fxq.graph_records(qmodel) if r["reason"].startswith(f"{SENSITIVE.text}: ")]
     assert kept == ["body.b"]
 
