@@ -6,6 +6,7 @@ from fxq.comparison import compare, compare_records
 from fxq.config import QConfig, QConfigMapping
 from fxq.errors import FxqError, FxqWarning
 from fxq.networkx_export import to_networkx, write_graph
+from fxq.onnx_export import to_onnx
 from fxq.records import graph_records, observer_records
 from fxq.report import backend_table, backends, fusion_table, graph_table, observer_table, summary
 from fxq.sensitivity import sensitivity, sensitivity_records
@@ -40,5 +41,6 @@ __all__ = [
     "sensitivity_records",
     "summary",
     "to_networkx",
+    "to_onnx",
     "write_graph",
 ]

@@ -1,0 +1,113 @@
+"""A quantized model as an ONNX file, written from its reference graph node by node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+
+from fxq.batch_sizes import Shaped, sizes
+from fxq.errors import FxqError
+from fxq.graph_module import QuantModule
+from fxq.onnx_graph import OnnxGraph
+from fxq.onnx_rows import FUNCTIONS, METHODS, ROWS, Row
+from fxq.onnx_writer import OPS, OnnxWriter
+from fxq.partition import partition_of, reference_of
+
+
+def to_onnx(model: nn.Module, path: str | Path, *, dynamic_batch: bool = True, qdq: bool = True) -> None:
+    """Write a quantized model as ONNX (opset 18).
+
+    Weights are int8 initializers, per channel where they are; activations pass QuantizeLinear and DequantizeLinear,
+    which onnxruntime, OpenVINO and TensorRT fuse into int8 kernels. Inputs and outputs are float32, named as in the
+    model's ``forward`` and as the keys of the dict it returns.
+
+    Args:
+        model: from :func:`fxq.quantize`, :func:`fxq.convert`, :func:`fxq.convert_to_reference` or :func:`fxq.load`.
+        path: conventionally ends in ``.onnx``.
+        dynamic_batch: the first dimension of every input and output is a batch of any size; if false, sizes are those
+            of the example inputs the model was prepared with. Other sizes always are.
+        qdq: if false, a float graph with the integer weights' real values, and a Clip to the calibrated range where an
+            activation was quantized: for importers that choose their own fixed point.
+
+    Raises:
+        StageError: if the model is not quantized.
+        FxqError: for a node that ONNX cannot hold, naming it, a model in regions, or a file that cannot be written.
+        MissingDependencyError: if the ``onnx`` package is not installed.
+
+    Example:
+        >>> fxq.to_onnx(qmodel, "model.onnx")                                         # doctest: +SKIP
+        >>> session = onnxruntime.InferenceSession("model.onnx")                      # doctest: +SKIP
+        >>> logits, = session.run(None, {"x": images.numpy()})                        # doctest: +SKIP
+    """
+    reference = reference_of(model)
+    if partition_of(reference) is not None or not isinstance(reference, QuantModule):
+        raise FxqError(
+            f"{type(reference).__name__} could not be traced as a whole, so there is no graph of all of it to write; "
+            f"write its regions one by one, e.g. fxq.to_onnx(model.backbone, ...)"
+        )
+    proto = onnx_model(reference, dynamic_batch, qdq)
+    try:
+        Path(path).write_bytes(proto.SerializeToString())
+    except OSError as error:
+        raise FxqError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def onnx_model(reference: QuantModule, dynamic_batch: bool, qdq: bool) -> Any:
+    """The ONNX model of a reference graph, as :func:`to_onnx` writes it."""
+    graph = OnnxGraph()
+    for node in reference.graph.nodes:
+        if node.op == "call_module":
+            where = reference.plan.where(node.name)
+            raise FxqError(f"{where} cannot be written as ONNX: its module is not one of the operations fxq knows")
+    writer = OnnxWriter(reference, graph, sizes(reference, dynamic_batch), qdq)
+    for node in reference.graph.nodes:
+        writer.node = node
+        _write(writer)
+    plan = reference.plan
+    return graph.model(plan.model, {"backend": plan.backend, "quantization": "QDQ" if qdq else "clips"})
+
+
+def _write(w: OnnxWriter) -> None:
+    node, known = w.node, w.sizes[w.node]
+    if node.op == "output":
+        _write_outputs(w)
+    elif node.op == "placeholder":
+        if isinstance(known, Shaped):
+            w.values[node] = w.graph.free_name(str(node.target))
+            w.graph.inputs.append(w.graph.describe(w.values[node], known))
+    elif node.op == "get_attr":
+        w.values[node] = w.graph.tensor(w.module_tensor(), str(node.target))
+    elif w.holds_tensors(known):
+        w.values[node] = _row(w)(w)
+
+
+def _row(w: OnnxWriter) -> Row:
+    node, op = w.node, OPS.op_of(w.node)
+    if op in ROWS:
+        return ROWS[op]
+    row = METHODS.get(node.target) if isinstance(node.target, str) else FUNCTIONS.get(node.target)
+    if row is None:
+        raise w.refusal("fxq.onnx_rows has no row for it")
+    return row
+
+
+def _write_outputs(w: OnnxWriter) -> None:
+    """One output a tensor, named by the keys and positions that lead to it."""
+    for keys, node in _tensors((), w.node.args[0]):
+        label = "_".join(map(str, ["output", *keys] if not keys or isinstance(keys[0], int) else keys))
+        name = w.graph.free_name(label)
+        w.graph.nodes.append(w.graph.onnx.helper.make_node("Identity", [w.name(node)], [name], name=name))
+        w.graph.outputs.append(w.graph.describe(name, w.shaped(node)))
+
+
+def _tensors(keys: tuple[Any, ...], value: Any) -> list[tuple[tuple[Any, ...], Node]]:
+    if isinstance(value, Node):
+        return [(keys, value)]
+    if isinstance(value, dict):
+        return [found for key, item in value.items() for found in _tensors((*keys, key), item)]
+    if isinstance(value, (list, tuple)):
+        return [found for i, item in enumerate(value) for found in _tensors((*keys, i), item)]
+    return []
