@@ -25,6 +25,7 @@ class Agreement(NamedTuple):
     kernel: str
     max_lsb: int  # largest difference in units of the output's scale
     share: float  # part of the values that differ at all
+    from_tie: float  # where they do, how far the real value is from the middle of two integers at most, in that unit
 
 
 def kernel_agreement(reference: QuantModule, backend: Backend, *inputs: Any) -> list[Agreement]:
@@ -47,8 +48,8 @@ def kernel_agreement(reference: QuantModule, backend: Backend, *inputs: Any) -> 
         judge.run(*inputs)
     kernels = lowered.plan.kernels
     return [
-        Agreement(node, kernels[node].name if node in kernels else "", max_lsb, share)
-        for node, (max_lsb, share) in judge.found.items()
+        Agreement(node, kernels[node].name if node in kernels else "", *numbers)
+        for node, numbers in judge.found.items()
     ]
 
 
@@ -74,7 +75,7 @@ class _Judge(Interpreter):
         super().__init__(lowering.reference)
         self.extra_traceback = False
         self.lowering, self.values = lowering, values
-        self.found: dict[str, tuple[int, float]] = {}
+        self.found: dict[str, tuple[int, float, float]] = {}
 
     def run_node(self, n: Node) -> Any:
         expected = super().run_node(n)
@@ -86,6 +87,9 @@ class _Judge(Interpreter):
             actual = (actual.to(torch.int16) - 128).to(torch.int8)
         assert actual.shape == expected.shape, f"{twin}: {list(actual.shape)}, expected {list(expected.shape)}"
         difference = (actual.int() - expected.int()).abs()
-        share = difference.count_nonzero().item() / max(difference.numel(), 1)
-        self.found[twin] = (int(difference.max()) if difference.numel() else 0, share)
+        differ = difference > 0
+        share = differ.count_nonzero().item() / max(difference.numel(), 1)
+        steps = self.env[n.args[0]][differ] / n.args[1]  # type: ignore[index]
+        from_tie = (steps - steps.floor() - 0.5).abs().max().item() if share else 0.0
+        self.found[twin] = (int(difference.max()) if share else 0, share, from_tie)
         return actual
