@@ -63,7 +63,8 @@ def quantize(
             With ``max_drop``, the fewest layers stay float with which the int8 model's is at most that much below the
             float model's (:mod:`fxq.mixed_precision`). The summary says which and why.
         max_drop: in the units of ``metric``.
-        target: ``"sqnr:30"`` instead of the two: the output's SQNR on the calibration data is at least 30 dB.
+        target: ``"sqnr:30"`` instead of the two: the output's SQNR to the float model's is at least 30 dB on the
+            first 32 samples of the calibration data.
         progress: show a progress bar; by default only on a terminal.
 
     Returns:
@@ -71,7 +72,8 @@ def quantize(
         copy of it in which its largest traceable submodules are such graph modules.
 
     Raises:
-        FxqError: one of its kinds, naming what is wrong and the remedy.
+        FxqError: one of its kinds, naming what is wrong and the remedy. ConfigError, if not even the model with all
+            layers float is good enough.
 
     Example:
         >>> qmodel = fxq.quantize(resnet18().eval(), loader, backend="x86")           # doctest: +SKIP

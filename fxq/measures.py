@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxq.calibration import ForwardFn, forward_parameters, iterate, model_inputs
 from fxq.errors import CalibrationError, ConfigError, InputError
+from fxq.lockstep import samples_in
 
 Metric = Callable[[nn.Module], float]
 
@@ -68,6 +70,22 @@ def keep_batches(data: Iterable[Any], num_batches: int | None) -> list[Any]:
     return batches
 
 
+def first_samples(batches: Iterable[Any], samples: int) -> list[Any]:
+    """The first samples of some batches: tensors, and the tensors of one length in tuples, lists and dicts, are cut."""
+    found: list[Any] = []
+    for batch in batches:
+        if samples <= 0:
+            break
+        length = samples_in(batch)
+        found.append(batch if length <= samples else _cut(batch, length, samples))
+        samples -= length
+    return found
+
+
+def _cut(batch: Any, length: int, samples: int) -> Any:
+    return tree_map_only(torch.Tensor, lambda x: x[:samples] if x.dim() and x.shape[0] == length else x, batch)
+
+
 def model_outputs(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None) -> list[list[torch.Tensor]]:
     """The float tensors of a model's output, however nested, for each batch.
 
@@ -107,6 +125,28 @@ def output_noise(expected: list[list[torch.Tensor]], actual: list[list[torch.Ten
         for x, y in zip(ours, theirs, strict=True):
             noise.add(x, y)
     return noise
+
+
+class OutputSqnr:
+    """The SQNR of the output of models to that of one model, in dB, on some batches.
+
+    Raises:
+        ConfigError, InputError: when called, as :func:`model_outputs` and :func:`output_noise`.
+
+    Example:
+        >>> OutputSqnr(model, images)(qmodel)                                         # doctest: +SKIP
+        31.4
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any], forward_fn: ForwardFn | None = None) -> None:
+        self.model, self.batches, self.forward_fn = model, batches, forward_fn
+
+    @cached_property
+    def _expected(self) -> list[list[torch.Tensor]]:
+        return model_outputs(self.model, self.batches, self.forward_fn)
+
+    def __call__(self, other: nn.Module) -> float:
+        return output_noise(self._expected, model_outputs(other, self.batches, self.forward_fn)).sqnr
 
 
 def _shortened(value: object) -> str:

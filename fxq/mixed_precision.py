@@ -23,11 +23,13 @@ from fxq.calibration import ForwardFn
 from fxq.errors import ConfigError, FxqWarning, InputError
 from fxq.layers import Layer, each_alone, with_float
 from fxq.lockstep import samples_in
-from fxq.measures import Metric, evaluate, model_outputs, output_noise
+from fxq.measures import Metric, OutputSqnr, evaluate, first_samples
 from fxq.partition import regions_of
 
-# Samples of the calibration data that layers are ranked, and a target in dB is measured, with.
-RANKING_SAMPLES = 32
+# Samples of the calibration data that a target in dB is measured with, and those that layers are ranked with: their
+# order needs fewer, and ranking takes most of the time. Where only forward_fn knows what a batch is, it is not cut.
+TARGET_SAMPLES = 32
+RANKING_SAMPLES = 16
 
 Convert = Callable[[nn.Module], nn.Module]
 
@@ -80,7 +82,7 @@ def _decibels(target: str) -> float:
 
 
 class KeepFirst:
-    """Data that remembers its first batches while it is read, up to :data:`RANKING_SAMPLES` samples."""
+    """Data that remembers its first batches while it is read, up to :data:`TARGET_SAMPLES` samples."""
 
     def __init__(self, data: Iterable[Any]) -> None:
         self.data = data
@@ -89,7 +91,7 @@ class KeepFirst:
     def __iter__(self) -> Iterator[Any]:
         seen = 0
         for batch in self.data:
-            if seen < RANKING_SAMPLES:
+            if seen < TARGET_SAMPLES:
                 self.first.append(batch)
                 seen += samples_in(batch)
             yield batch
@@ -133,13 +135,14 @@ class _Search:
         self, model: nn.Module, prepared: nn.Module, batches: Sequence[Any], budget: Budget, convert: Convert,
         lower: Convert, forward_fn: ForwardFn | None, show: bool,
     ) -> None:  # fmt: skip
-        self.prepared, self.batches, self.budget = prepared, batches, budget
-        self.convert, self.lower, self.forward_fn, self.show = convert, lower, forward_fn, show
-        self.float_model = model
+        self.prepared, self.budget = prepared, budget
+        few = batches if forward_fn is not None else first_samples(batches, RANKING_SAMPLES)
+        some = batches if forward_fn is not None else first_samples(batches, TARGET_SAMPLES)
+        self.ranked_by, self.sqnr = OutputSqnr(model, few, forward_fn), OutputSqnr(model, some, forward_fn)
+        self.convert, self.lower, self.show = convert, lower, show
         self.scores: dict[frozenset[Layer], float] = {}
         self.no_sqnr = False
         self.best = math.inf if budget.metric is None else evaluate(budget.metric, model)
-        self.expected: list[Any] = []
         self.bar = tqdm(desc="int8 models judged", disable=not show)
 
     def run(self) -> nn.Module:
@@ -182,11 +185,7 @@ class _Search:
         return self.scores[key]
 
     def _judged(self, candidate: nn.Module) -> float:
-        return self._sqnr(candidate) if self.budget.metric is None else evaluate(self.budget.metric, candidate)
-
-    def _sqnr(self, candidate: nn.Module) -> float:
-        self.expected = self.expected or model_outputs(self.float_model, self.batches, self.forward_fn)
-        return output_noise(self.expected, model_outputs(candidate, self.batches, self.forward_fn)).sqnr
+        return self.sqnr(candidate) if self.budget.metric is None else evaluate(self.budget.metric, candidate)
 
     def _rank(self) -> list[tuple[Layer, float]]:
         """Layers with what the output is when each alone is int8, the most sensitive first."""
@@ -195,7 +194,7 @@ class _Search:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FxqWarning)
                 reference = self.convert(candidate)
-            return self._judged(reference) if self.no_sqnr else self._sqnr(reference)
+            return self._judged(reference) if self.no_sqnr else self.ranked_by(reference)
 
         try:
             found = each_alone(self.prepared, alone, show=self.show)

@@ -14,7 +14,7 @@ from fxq.calibration import ForwardFn, calibrate, example_inputs_of
 from fxq.config import QConfig, QConfigMapping
 from fxq.errors import FxqWarning
 from fxq.layers import each_alone
-from fxq.measures import Metric, evaluate, keep_batches, model_outputs, output_noise
+from fxq.measures import Metric, OutputSqnr, evaluate, keep_batches
 from fxq.op_table import Backend
 from fxq.records import graph_records
 from fxq.report import table
@@ -97,15 +97,13 @@ def sensitivity_records(
     prepared = prepare(model, example_inputs, backend=backend, qconfig=qconfig, exclude=exclude)
     calibrate(prepared, batches, forward_fn=forward_fn, progress=progress)
     best = 0.0 if metric is None else evaluate(metric, model)
-    expected = model_outputs(model, batches, forward_fn) if metric is None else []
+    sqnr = OutputSqnr(model, batches, forward_fn)
 
     def measure(candidate: nn.Module) -> float:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FxqWarning)
             reference = convert_to_reference(candidate)
-        if metric is not None:
-            return evaluate(metric, reference)
-        return output_noise(expected, model_outputs(reference, batches, forward_fn)).sqnr
+        return sqnr(reference) if metric is None else evaluate(metric, reference)
 
     ops = {(record["region"], record["node"]): record["op"] for record in graph_records(prepared)}
     show = sys.stderr.isatty() if progress is None else progress
