@@ -38,6 +38,13 @@ def rank(*ranks: int) -> Check:
     return check
 
 
+def larger_than_a_pixel(node: Node, facts: Facts) -> Reason | None:
+    fact = facts.get(node.name)
+    if fact is None or len(fact.shape) != 4:
+        return RANK
+    return None if math.prod(fact.shape[2:]) > 1 else Reason("options", "fusing pays for images only")
+
+
 def at_least_2d(node: Node, facts: Facts) -> Reason | None:
     fact = facts.get(node.args[0].name) if isinstance(node.args[0], Node) else None
     return None if fact is not None and len(fact.shape) >= 2 else RANK

@@ -1,7 +1,7 @@
 """How rows emit torch's int8 kernels.
 
-The only module that names the ``quantized::*`` operators and the quantized dtypes, so that it can be exchanged
-when torch removes them.
+The only module that names the ``quantized::*`` and ``onednn::*`` operators and (beside the lowering) the quantized
+dtypes, so that it can be exchanged when torch removes them.
 """
 
 from __future__ import annotations
@@ -104,6 +104,34 @@ class PackedLinear:
 
 
 @dataclass(frozen=True)
+class PlainConv:
+    """``onednn::qconv_pointwise`` with an activation in its output loop, on plain uint8 tensors; symmetric weights.
+
+    A call takes 8 to 15 us longer than one of ``quantized::conv2d``, which keeps its primitive.
+    """
+
+    post_op: str
+    kernel: str = "onednn::qconv_pointwise"
+
+    def __call__(self, e: Emission) -> Node:
+        x, *qparams = e.plain_input("input")
+        weight, bias, groups = e.weight(), e.tensor("bias"), e.get("groups")
+        geometry = [expand(e.get(name), weight.values.dim() - 2) for name in ("stride", "padding", "dilation")]
+        scales = weight.qparams.scale.float()
+        # packed for the shape of the example inputs; with others oneDNN may have to reorder it at each call
+        packed = e.pack(
+            torch.ops.onednn.qconv_prepack, weight.values, scales, *qparams, *geometry, groups, e.shape("input"),
+            engine="onednn",
+        )  # fmt: skip
+        return e.plain_call(
+            torch.ops.onednn.qconv_pointwise.default, x, *qparams, e.constant("packed", packed),
+            e.constant("scales", scales), e.constant("zero_points", torch.zeros_like(scales, dtype=torch.int32)),
+            None if bias is None else e.constant("bias", bias), *geometry, groups,
+            *e.out.pair, torch.uint8, self.post_op, [], "",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Binary:
     """``quantized::add`` and ``quantized::mul``; a scalar becomes a one-element int8 tensor that holds it exactly."""
 
@@ -117,8 +145,37 @@ class Binary:
         other = e.input("other")
         if not isinstance(other, Node):
             other = e.constant("scalar", _one_element(float(other)))
+        elif self.name == "mul" and not e.relu and e.shape("input") != e.shape("other"):
+            return e.call(multiply, e.input("input"), other, e.out.scale, e.out.zero_point)
         target = _operator(f"{self.name}_relu" if e.relu else self.name)
         return e.call(target, e.input("input"), other, e.out.scale, e.out.zero_point)
+
+
+def multiply(x: torch.Tensor, other: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
+    """``quantized::mul`` of images and one factor a channel, as squeeze-and-excitation has them, a row at a time.
+
+    torch's kernel vectorizes over the axis that is densest in memory. In channels_last images that are the channels;
+    32 or 120 of them are no multiple of a vector, which costs up to ten times the time. Here the factors are repeated
+    for each pixel of a row, and rows are long.
+    """
+    if x.dim() == 4 and x.shape[2:] == (1, 1):
+        x, other = other, x
+    by_rows = (
+        x.dim() == 4
+        and other.shape == (*x.shape[:2], 1, 1)
+        and x.shape[2] * x.shape[3] >= _ROWS_PAY
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+    if not by_rows:
+        return torch.ops.quantized.mul(x, other, scale, zero_point)  # type: ignore[no-any-return]
+    n, channels, height, width = x.shape
+    factors = other.permute(0, 2, 3, 1).expand(n, 1, width, channels).reshape(n, 1, width * channels)
+    rows = x.permute(0, 2, 3, 1).reshape(n, height, width * channels)
+    product = torch.ops.quantized.mul(rows, factors, scale, zero_point)
+    return product.view(n, height, width, channels).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+
+_ROWS_PAY = 100  # pixels from which on reshaping takes less time than it saves, measured
 
 
 def _one_element(value: float) -> torch.Tensor:
@@ -197,6 +254,41 @@ class Keep:
     def _parameters(self) -> list[str]:
         rest = self.op.signature.rest
         return [*self.op.signature.defaults, *([rest] if rest else [])]
+
+
+@dataclass(frozen=True)
+class MaxPool2d:
+    """``aten::max_pool2d``; in two steps for images of few channels."""
+
+    kernel: str = "aten::max_pool2d"
+
+    def __call__(self, e: Emission) -> Node:
+        shape, size = e.shape("input"), expand(e.get("kernel_size"), 2)
+        rest = [expand(e.get(name), 2) for name in ("stride", "padding", "dilation")]
+        narrow = len(shape) == 4 and shape[1] < _VECTOR and min(size) > 1
+        target = narrow_max_pool2d if narrow else torch.max_pool2d
+        return e.call(target, e.input("input"), size, rest[0] or size, *rest[1:], e.get("ceil_mode"))
+
+
+def narrow_max_pool2d(
+    x: torch.Tensor, size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
+) -> torch.Tensor:
+    """``max_pool2d`` of channels_last images with few channels: first of columns, then of rows.
+
+    torch's kernel vectorizes over the channels, and does one at a time what does not fill a vector. For the columns
+    whole rows can be its channels.
+    """
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.max_pool2d(x, size, stride, padding, dilation, ceil_mode)
+    n, channels, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(n, height, 1, width * channels).permute(0, 3, 1, 2)
+    (size_h, size_w), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w) = size, stride, padding, dilation
+    rows = torch.max_pool2d(rows, (size_h, 1), (stride_h, 1), (pad_h, 0), (dilation_h, 1), ceil_mode)
+    columns = rows.permute(0, 2, 3, 1).reshape(n, -1, width, channels).permute(0, 3, 1, 2)
+    return torch.max_pool2d(columns, (1, size_w), (1, stride_w), (0, pad_w), (1, dilation_w), ceil_mode)
+
+
+_VECTOR = 64  # bytes, with AVX-512
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fxq import ops
 from fxq.backends import checks
-from fxq.backends.common import LIGHT, TRANSPOSED_BY_FBGEMM, backend, weight_spec, weighted_rows
+from fxq.backends.common import LIGHT, TRANSPOSED_BY_FBGEMM, backend, conv_silu_rows, weight_spec, weighted_rows
 from fxq.backends.kernels import PackedConvAdd
 from fxq.op_table import CLAMPED, Backend, OpRow, Weights
 
@@ -17,4 +17,5 @@ CONV_ADD = OpRow(
 def build() -> Backend:
     """The onednn table."""
     weight, why = weight_spec()
-    return backend("onednn", (CONV_ADD, *weighted_rows("onednn"), *TRANSPOSED_BY_FBGEMM, *LIGHT), weight, why)
+    weighted = (CONV_ADD, *conv_silu_rows(), *weighted_rows("onednn"))
+    return backend("onednn", weighted + TRANSPOSED_BY_FBGEMM + LIGHT, weight, why)

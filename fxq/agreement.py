@@ -65,6 +65,8 @@ class _Recorder(Interpreter):
         value = super().run_node(n)
         if isinstance(value, torch.Tensor) and value.is_quantized:
             self.values[n.name] = value.int_repr()
+        elif isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and not value.is_mkldnn:
+            self.values[n.name] = value.clone()
         return value
 
 

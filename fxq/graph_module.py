@@ -58,6 +58,8 @@ class QuantModule(fx.GraphModule):
         for value in vars(self).values():
             if isinstance(value, torch.ScriptObject):
                 memo[id(value)] = value
+        buffers = [buffer for buffer in self._buffers.values() if buffer is not None]
+        memo.update({id(buffer): buffer for buffer in buffers if buffer.is_mkldnn})
         clone = super().__deepcopy__(memo)
         assert isinstance(clone, QuantModule)
         return clone

@@ -32,11 +32,17 @@ class Match:
 
 
 Joins = Callable[[Node], bool]
+Takes = Callable[[OpRow], Reason | None]
 
 
 def any_node(node: Node) -> bool:
     """Every node may join a chain."""
     return True
+
+
+def any_row(row: OpRow) -> Reason | None:
+    """Every row may take the root."""
+    return None
 
 
 def match_row(row: OpRow, root: Node, ops: Dictionary, joins: Joins = any_node) -> Match | None:
@@ -69,9 +75,13 @@ def _continues(node: Node, user: Node, ops: Dictionary) -> bool:
 
 
 def best_match(
-    backend: Backend, root: Node, ops: Dictionary, facts: Mapping[str, TensorFact], joins: Joins = any_node
-) -> Match | Reason:
-    """The first row of ``backend`` that takes ``root``, with the longest chain; else the reason why none does."""
+    backend: Backend, root: Node, ops: Dictionary, facts: Mapping[str, TensorFact], joins: Joins = any_node,
+    takes: Takes = any_row,
+) -> Match | Reason:  # fmt: skip
+    """The first row of ``backend`` that takes ``root``, with the longest chain; else the reason why none does.
+
+    ``takes`` may say of a row why it does not take the root, e.g. its weight.
+    """
     op = ops.op_of(root)
     assert op is not None
     refusal: Reason | None = None
@@ -79,7 +89,7 @@ def best_match(
         match = match_row(row, root, ops, joins)
         if match is None:
             continue
-        reason = row.check(root, facts)
+        reason = takes(row) or row.check(root, facts)
         if reason is None:
             return match
         refusal = refusal or reason

@@ -100,6 +100,12 @@ class Emission(Protocol):
     def input(self, parameter: str) -> Any:
         """The int8 node (or list of nodes, or a one-element int8 constant) of an activation parameter."""
 
+    def plain_input(self, parameter: str) -> tuple[Node, float, int]:
+        """An activation parameter as a plain uint8 tensor, with its scale and zero_point."""
+
+    def shape(self, parameter: str) -> list[int]:
+        """The shape of an activation parameter with the example inputs; empty if it is not known."""
+
     def tail_input(self, position: int) -> Node:
         """The int8 node of the other operand of the tail's node at ``position``."""
 
@@ -110,7 +116,10 @@ class Emission(Protocol):
         """A constant float tensor parameter, e.g. the bias."""
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        """Insert a call."""
+        """Insert a call; its value is a quint8 tensor."""
+
+    def plain_call(self, target: Callable[..., Any], *args: Any) -> Node:
+        """Insert a call whose value is a plain uint8 tensor."""
 
     def constant(self, suffix: str, value: Any) -> Node:
         """Attach a constant (packed weight, tensor) to the module; returns the node that reads it."""

@@ -59,6 +59,7 @@ ATTENTION = Reason("attention", "attention scores and softmax need more than 8 b
 DYNAMIC_WEIGHT = Reason("dynamic-weight", "its weight is computed at run time")
 NEVER_OBSERVED = Reason("never-observed", "its observer saw no data while calibrating")
 OPTIONS = Reason("options", "the int8 kernel does not support these arguments")
+WEIGHT_AFFINE = Reason("weight-scheme", "the backend's kernel takes symmetric weights only")
 INPLACE = Reason("in-place", "part of an update in place")
 SENSITIVE = Reason("sensitive", "kept float for accuracy")
 MIXED_QPARAMS = Reason("mixed-qparams", "its int8 kernel cannot change scale and zero_point")

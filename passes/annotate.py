@@ -11,7 +11,7 @@ from torch.fx import Node
 from fxq.config import QConfig, ResolvedConfig
 from fxq.graph_module import QuantModule
 from fxq.matcher import Match, best_match
-from fxq.op_table import Backend, Fixed, Out, Weights
+from fxq.op_table import Backend, Fixed, OpRow, Out, Weights
 from fxq.ops import Dictionary
 from fxq.pass_base import Pass
 from fxq.plan import (
@@ -19,6 +19,7 @@ from fxq.plan import (
     EXCLUDED,
     NOT_FLOAT32,
     UNKNOWN_OP,
+    WEIGHT_AFFINE,
     Decision,
     Fusion,
     QuantPlan,
@@ -87,7 +88,11 @@ class Annotate(Pass):
         def joins(tail: Node) -> bool:
             return tail.name not in plan.decisions and self._qconfig(tail, plan) == qconfig
 
-        found = best_match(self.backend, node, self.ops, plan.facts, joins)
+        def takes(row: OpRow) -> Reason | None:
+            affine = bool(row.weight) and not qconfig.weight.symmetric
+            return WEIGHT_AFFINE if affine and not row.weight & Weights.AFFINE else None
+
+        found = best_match(self.backend, node, self.ops, plan.facts, joins, takes)
         return float_decision(found) if isinstance(found, Reason) else (found, qconfig)
 
     def _qconfig(self, node: Node, plan: QuantPlan) -> QConfig | None:

@@ -46,12 +46,21 @@ class KernelEmission:
 
     def input(self, parameter: str) -> Any:
         return fx.map_arg(
-            self._op.get(self.match.root, parameter), lambda node: self.lowering.int_value(node, self.out)
+            self._op.get(self.match.root, parameter),
+            lambda node: self.lowering.quantized(self.lowering.int_value(node, self.out)),
         )
+
+    def plain_input(self, parameter: str) -> tuple[Node, float, int]:
+        node = self.lowering.int_value(self._op.get(self.match.root, parameter), self.out)
+        return self.lowering.uint8(node), *self.lowering.qparams[node]
+
+    def shape(self, parameter: str) -> list[int]:
+        fact = self.lowering.old.facts.get(self._op.get(self.match.root, parameter).name)
+        return [] if fact is None else list(fact.shape)
 
     def tail_input(self, position: int) -> Node:
         _, producer = other_operand(self.nodes, position, self.lowering.ops)
-        return self.lowering.int_value(producer, self.out)
+        return self.lowering.quantized(self.lowering.int_value(producer, self.out))
 
     def weight(self) -> IntWeight:
         return int_weight(self.lowering.reference, self._op.get(self.match.root, self._op.weight))
@@ -63,6 +72,11 @@ class KernelEmission:
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         self.calls.append(self.lowering.call(self.match.root.name, target, args, kwargs))
         return self.calls[-1]
+
+    def plain_call(self, target: Callable[..., Any], *args: Any) -> Node:
+        made = self.call(target, *args)
+        self.lowering.plain[made] = None
+        return made
 
     def constant(self, suffix: str, value: Any) -> Node:
         return self.lowering.constant(f"{self.match.root.name}_{suffix}", value)

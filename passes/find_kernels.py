@@ -12,11 +12,12 @@ from torch.fx import Node
 
 from fxq.graph_module import QuantModule, get_attribute
 from fxq.matcher import Match, best_match
-from fxq.op_table import Backend, Fixed, IntWeight, Out, OutQuant, Weights
+from fxq.op_table import Backend, Fixed, IntWeight, OpRow, Out, OutQuant, Weights
 from fxq.ops import Dictionary
 from fxq.plan import (
     NO_KERNEL,
     OPTIONS,
+    WEIGHT_AFFINE,
     Decision,
     QuantPlan,
     Reason,
@@ -26,7 +27,6 @@ from fxq.qdq import DEQUANTIZE_CHANNEL, is_dequantize, is_quantize
 from fxq.spec import QParams
 
 WEIGHT_CHANNEL = Reason("weight-scheme", "the backend's kernel takes per-tensor weights only")
-WEIGHT_AFFINE = Reason("weight-scheme", "the backend's kernel takes symmetric weights only")
 MADE_FOR_OTHER = Reason("other-backend", "quantized for another backend, which fuses it with other ops than this one")
 FIXED_OUTPUT = Reason("fixed-output", "its int8 kernel dictates a scale and zero_point other than the ones asked for")
 READ_AS_FLOAT = Reason("read-as-float", "moves values about that only float ops read")
@@ -93,8 +93,9 @@ class KernelFinder:
         """The row for a node; what was decided to stay float, by the user or for accuracy, does stay float."""
         stays = self._stays_float(node)
         return stays or best_match(
-            self.backend, node, self.ops, self.plan.facts, lambda tail: self._stays_float(tail) is None
-        )
+            self.backend, node, self.ops, self.plan.facts, lambda tail: self._stays_float(tail) is None,
+            lambda row: self._weight_refusal(row, node),
+        )  # fmt: skip
 
     def _stays_float(self, node: Node) -> Reason | None:
         decision = self.plan.decisions.get(node.name)
@@ -121,15 +122,7 @@ class KernelFinder:
             if any(p not in match.nodes and not self._is_int(p) for _, p in op.tensor_arguments(node)):
                 return False
         op = match.row.op
-        if op.weight is None:
-            return True
-        weight = op.get(match.root, op.weight)
-        if not is_dequantize(weight):
-            return False
-        refusal = self._weight_refusal(match.row.weight, int_weight(self.reference, weight))
-        if refusal is not None:
-            self.refusals[match.root.name] = refusal
-        return refusal is None
+        return op.weight is None or is_dequantize(op.get(match.root, op.weight))
 
     def _reaches(self, match: Match, quantize: Node) -> bool:
         """Whether the kernel can give the output the qparams asked for."""
@@ -139,11 +132,15 @@ class KernelFinder:
         self.refusals[match.root.name] = FIXED_OUTPUT
         return False
 
-    @staticmethod
-    def _weight_refusal(supported: Weights, weight: IntWeight) -> Reason | None:
-        if weight.ch_axis is not None and not supported & Weights.CHANNEL:
+    def _weight_refusal(self, row: OpRow, root: Node) -> Reason | None:
+        """Why a row's kernel does not take the weight of its root."""
+        node = None if row.op.weight is None else row.op.get(root, row.op.weight)
+        if node is None or not is_dequantize(node):
+            return None
+        weight = int_weight(self.reference, node)
+        if weight.ch_axis is not None and not row.weight & Weights.CHANNEL:
             return WEIGHT_CHANNEL
-        if weight.qparams.zero_point.any() and not supported & Weights.AFFINE:
+        if weight.qparams.zero_point.any() and not row.weight & Weights.AFFINE:
             return WEIGHT_AFFINE
         return None
 

@@ -19,6 +19,7 @@ from torch.fx import Node
 from fxq.aliases import reads_shape
 from fxq.engine import require_engine
 from fxq.graph_module import BACKEND, REFERENCE, QuantModule, get_attribute, set_tensor
+from fxq.int_views import as_quantized, as_uint8
 from fxq.matcher import Match
 from fxq.numerics import dequantize
 from fxq.op_table import Backend, Out, OutQuant
@@ -61,6 +62,8 @@ class Lowering:
         self.floats: dict[Node, Any] = {}
         self.ints: dict[Node, Node] = {}
         self.qparams: dict[Node, tuple[float, int]] = {}
+        self.plain: dict[Node, Node | None] = {}  # nodes of plain uint8 tensors, each with its quint8 view if made
+        self.copies: dict[Node, Node] = {}  # quint8 nodes and their integers as a plain tensor
         self.overwritten: list[tuple[Node, Node]] = []  # kernels and the operands they write over
 
     def run(self) -> QuantModule:
@@ -93,11 +96,31 @@ class Lowering:
             return self.ints[match.root]
         emission = KernelEmission(self, match, out)
         end = match.row.emit(emission)
+        self.qparams[end] = out.pair
         self.overwritten += [(end, operand) for operand in emission.overwritten]
         for node in emission.calls:
             self._record(node, match, match.row.emit.kernel, out, emission.engine)
-        self.ints[match.root] = node = self._clamped(end, out) if emission.needs_clamp else end
+        self.ints[match.root] = node = self._clamped(self.quantized(end), out) if emission.needs_clamp else end
         return node
+
+    def quantized(self, node: Node) -> Node:
+        """An int8 node as a quint8 tensor."""
+        if node not in self.plain:
+            return node
+        made = self.plain[node]
+        if made is None:
+            made = self.plain[node] = self.call(f"{node.name}_quint8", as_quantized, (node, *self.qparams[node]))
+            self._describe_like(node, made, "view", Status.SHARED)
+        return made
+
+    def uint8(self, node: Node) -> Node:
+        """An int8 node as a plain uint8 tensor."""
+        if node in self.plain:
+            return node
+        if node not in self.copies:
+            self.copies[node] = made = self.call(f"{node.name}_uint8", as_uint8, (node,))
+            self._describe_like(node, made, "aten::int_repr", Status.SHARED)
+        return self.copies[node]
 
     def _clamped(self, node: Node, out: OutQuant) -> Node:
         """Int8 values, clamped where the kernel's own saturation is wider than the quantize node's range."""
@@ -154,7 +177,8 @@ class Lowering:
         if not is_quantize(source):
             weight = int_weight(self.reference, node)
             return self.constant(f"{source.name}_float", dequantize(weight.values, weight.qparams, weight.ch_axis))
-        made = self.call(f"{source.args[0].name}_dequantize", torch.Tensor.dequantize, (self.ints[source],))  # type: ignore
+        quantized = self.quantized(self.ints[source])
+        made = self.call(f"{source.args[0].name}_dequantize", torch.Tensor.dequantize, (quantized,))  # type: ignore
         scale, zero_point = self.qparams[self.ints[source]]
         kernel = Kernel("dequantize", scale, zero_point)
         self._describe(made, source.args[0].name, Decision(Status.QUANTIZED, "dequantize"), kernel)  # type: ignore
@@ -196,10 +220,11 @@ class Lowering:
         if source in self.old.macs and decision.row not in ("quantize", "dequantize"):
             self.plan.macs[node.name] = self.old.macs[source]
 
-    def _describe_like(self, node: Node, made: Node, kernel: str) -> None:
+    def _describe_like(self, node: Node, made: Node, kernel: str, status: Status = Status.QUANTIZED) -> None:
         """Record a node that holds the values of ``node`` again; constants have no kernel of their own."""
         like = self.plan.kernels.get(node.name)
-        self.plan.decisions[made.name] = self.plan.decisions.get(node.name, Decision(Status.QUANTIZED))
+        decision = self.plan.decisions.get(node.name, Decision(status))
+        self.plan.decisions[made.name] = decision if status is Status.QUANTIZED else decision._replace(status=status)
         self.plan.kernels[made.name] = Kernel(kernel, *((like.scale, like.zero_point) if like else ()))
         self.plan.origins[made.name] = self.plan.origin(node.name)
         if node.name in self.plan.facts:

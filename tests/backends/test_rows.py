@@ -6,6 +6,7 @@ they are neither dropped as islands nor left to float at the exit.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,6 +90,20 @@ class Shared(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.entry(x)
         return self.after(self.join(x, self.body(x)))
+
+
+class SqueezeExcite(nn.Module):
+    """``x * sigmoid(conv(silu(conv(pool(x)))))`` after a conv with silu, then a conv."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.entry, self.after = nn.Sequential(nn.Conv2d(8, channels, 1), nn.SiLU()), nn.Conv2d(channels, 4, 1)
+        self.squeeze, self.excite = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.entry(x)
+        gate = self.excite(F.silu(self.squeeze(F.adaptive_avg_pool2d(x, 1))))
+        return self.after(torch.sigmoid(gate) * x)
 
 
 class WithConstant(nn.Module):
@@ -227,6 +242,8 @@ ARITHMETIC_CASES = (
     branches("mul", "relu", lambda a, b: F.relu(a * b)),
     branches("mul", "squeeze excite", lambda a, b: a * F.adaptive_avg_pool2d(b, 1).sigmoid()),
     branches("mul", "squeeze excite first", lambda a, b: F.hardsigmoid(F.adaptive_avg_pool2d(a, 1)) * b),
+    Case("mul", "squeeze excite large", lambda: Branches(lambda a, b: a * F.adaptive_avg_pool2d(b, 1).sigmoid()),
+         (2, 8, 12, 12), other=((1, 8, 20, 11), (3, 8, 5, 40))),
     branches("mul", "one channel", lambda a, b: a * b, other=1),
     between("mul", "twice the same", lambda: Fn(lambda x: x * x)),
     branches("matmul", "4 dimensions", lambda a, b: a @ b.transpose(2, 3) @ b),
@@ -316,6 +333,8 @@ SELECTING_CASES = (
     between("max_pool2d", "plain", lambda: nn.MaxPool2d(2)),
     between("max_pool2d", "padding", lambda: nn.MaxPool2d(3, 2, 1)),
     between("max_pool2d", "ceil", lambda: nn.MaxPool2d(2, 2, ceil_mode=True)),
+    between("max_pool2d", "narrow", lambda: nn.MaxPool2d((3, 2), (2, 1), (1, 0), ceil_mode=True), 24, 24),
+    between("max_pool2d", "wide", lambda: nn.MaxPool2d(3, 2, 1), 64, 64),
     between("max_pool2d", "dilated", lambda: nn.MaxPool2d((2, 3), 1, dilation=2)),
     Case("max_pool3d", "plain", lambda: Between(nn.MaxPool3d(2, 2), dims=3), (2, 8, 4, 5, 6)),
     Case("max_pool3d", "padding", lambda: Between(nn.MaxPool3d(3, 2, 1), dims=3), (1, 8, 4, 5, 6)),
@@ -399,9 +418,24 @@ CONV_ADD_CASES = (
     Case("conv2d_add", "operand is a constant", WithConstant),
 )  # fmt: skip
 
+IMAGES_OF_8 = ((1, 8, 9, 9), (3, 8, 14, 11), (2, 8, 2, 1))
+CONV_SILU_CASES = (
+    Case("conv2d_silu", "plain", lambda: nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.SiLU()), other=IMAGES_OF_8),
+    Case("conv2d_silu", "no bias", lambda: nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.SiLU()), other=LARGE),
+    Case("conv2d_silu", "depthwise", lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.SiLU()), other=LARGE),
+    Case("conv2d_silu", "geometry", lambda: nn.Sequential(
+        nn.Conv2d(8, 12, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2), nn.SiLU()), other=LARGE),
+    Case("conv2d_silu", "one channel", lambda: nn.Sequential(nn.Conv2d(8, 1, 3), nn.SiLU()), other=LARGE),
+    Case("conv2d_silu", "chain", lambda: nn.Sequential(
+        nn.Conv2d(8, 8, 3), nn.SiLU(), nn.Conv2d(8, 16, 1), nn.SiLU(), nn.Conv2d(16, 8, 3), nn.ReLU()), other=LARGE),
+    branches("conv2d_silu", "plain and quantized readers", lambda a, b: F.silu(a) * F.max_pool2d(F.silu(b), 3, 1, 1)),
+    Case("conv2d_silu", "squeeze excite", lambda: SqueezeExcite(8), (2, 8, 12, 12), other=LARGE),
+    Case("conv2d_silu", "operand of an addition", lambda: Residual(nn.Sequential(nn.Conv2d(8, 8, 1), nn.SiLU()))),
+)  # fmt: skip
+
 CASES = (
     *CONV_CASES, *TRANSPOSE_CASES, *LINEAR_CASES, *ARITHMETIC_CASES, *ACTIVATION_CASES, *NORM_CASES,
-    *SELECTING_CASES, *AVERAGING_CASES, *CONV_ADD_CASES,
+    *SELECTING_CASES, *AVERAGING_CASES, *CONV_ADD_CASES, *CONV_SILU_CASES,
 )  # fmt: skip
 
 
@@ -473,7 +507,8 @@ QCONFIGS: dict[str, QConfig | str] = {
     "histogram": qconfig(observer="histogram"),
 }
 WEIGHTED = ("conv2d-3x3", "conv2d-relu", "conv2d-relu6", "conv2d-depthwise", "conv2d-depthwise 116", "linear-relu",
-            "conv1d-plain", "conv2d_add-relu", "conv2d_add-plain", "conv_transpose2d-relu6")  # fmt: skip
+            "conv1d-plain", "conv2d_add-relu", "conv2d_add-plain", "conv2d_silu-plain",
+            "conv2d_silu-chain", "conv_transpose2d-relu6")  # fmt: skip
 UNWEIGHTED = ("add-two", "add-relu", "add-relu6", "add-scalar -0.75", "mul-two", "mul-relu", "cat-two scales",
               "cat-fixed and free", "matmul-4 dimensions", "clamp-after pool", "relu-after pool", "sigmoid-plain",
               "tanh-plain", "hardswish-plain", "leaky_relu-plain", "elu-plain", "prelu-one slope",
@@ -503,8 +538,9 @@ def reasons_of(lowered: QuantModule) -> set[str]:
 def test_qconfig(backend: str, name: str, config: str) -> None:
     case = BY_NAME[name]
     reasons: set[str] = set()
-    if case.row == "conv2d_add" and config.startswith("affine"):
-        reasons = {"weight-scheme", "no-kernel"}  # onednn's kernels take symmetric weights only
+    if case.row in ("conv2d_add", "conv2d_silu") and config.startswith("affine"):
+        # these kernels take symmetric weights only; the conv alone has another
+        case, reasons = dataclasses.replace(case, row="conv2d"), {"no-kernel"} if case.row == "conv2d_silu" else set()
     elif name in FIXED and config not in FULL_RANGE:
         reasons = {"fixed-output"}  # the kernel cannot give what was asked for
     reference = reference_of(case, backend, QCONFIGS[config])
@@ -563,7 +599,7 @@ def refused(op: str, name: str, function: Callable[[torch.Tensor], torch.Tensor]
 
 
 REFUSALS = (
-    refused("silu", "plain", F.silu, "no-kernel"),
+    refused("silu", "not of a conv", lambda x: F.silu(x.relu()), "no-kernel"),
     refused("mish", "plain", F.mish, "no-kernel"),
     refused("gelu", "plain", F.gelu, "no-kernel"),
     refused("sub", "tensors", lambda x: x - x.relu(), "no-kernel"),

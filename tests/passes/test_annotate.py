@@ -123,7 +123,7 @@ def test_refusals(forward, node, expected):
 @pytest.mark.parametrize(
     ("forward", "node", "code"),
     [
-        (lambda m, x: F.silu(m.c(x)), "silu", "no-kernel"),
+        (lambda m, x: F.silu(m.c(x).relu()), "silu", "no-kernel"),
         (lambda m, x: 1 - m.c(x), "sub", "no-kernel"),
         (lambda m, x: F.pad(m.c(x), [1, 1], value=1.0), "pad", "options"),
         (lambda m, x: torch.cat(m.c(x).chunk(2)), "cat", "options"),
