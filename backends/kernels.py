@@ -6,6 +6,7 @@ dtypes, so that it can be exchanged when torch removes them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -124,11 +125,39 @@ class PlainConv:
             engine="onednn",
         )  # fmt: skip
         return e.plain_call(
-            torch.ops.onednn.qconv_pointwise.default, x, *qparams, e.constant("packed", packed),
-            e.constant("scales", scales), e.constant("zero_points", torch.zeros_like(scales, dtype=torch.int32)),
-            None if bias is None else e.constant("bias", bias), *geometry, groups,
-            *e.out.pair, torch.uint8, self.post_op, [], "",
+            conv_pointwise, x, *qparams, e.constant("packed", packed), e.constant("scales", scales),
+            e.constant("zero_points", torch.zeros_like(scales, dtype=torch.int32)),
+            None if bias is None else e.constant("bias", bias), *geometry, groups, *e.out.pair, self.post_op,
         )  # fmt: skip
+
+
+def conv_pointwise(*arguments: Any) -> torch.Tensor:
+    """``onednn::qconv_pointwise`` to uint8; ``arguments`` without the output's dtype and the activation's parameters.
+
+    torch.jit.trace does not record a call with an empty list of optional numbers, but that of a script function.
+    """
+    if torch.jit.is_tracing():
+        return _scripted_conv_pointwise()(*arguments)  # type: ignore[no-any-return]
+    *rest, post_op = arguments
+    run = torch.ops.onednn.qconv_pointwise.default
+    return run(*rest, torch.uint8, post_op, [], "")  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _scripted_conv_pointwise() -> Any:
+    uint8 = 0  # torch.uint8 as TorchScript writes it
+    unit = torch.jit.CompilationUnit(f"""
+        def run(
+            x, x_scale: float, x_zero_point: int, weight, scales, zero_points, bias: Optional[Tensor],
+            stride: List[int], padding: List[int], dilation: List[int], groups: int, scale: float, zero_point: int,
+            post_op: str,
+        ):
+            return torch.ops.onednn.qconv_pointwise(
+                x, x_scale, x_zero_point, weight, scales, zero_points, bias, stride, padding, dilation, groups, scale,
+                zero_point, {uint8}, post_op, [], "",
+            )
+    """)
+    return unit.run
 
 
 @dataclass(frozen=True)

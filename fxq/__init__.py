@@ -5,6 +5,7 @@ from fxq.calibration import calibrate
 from fxq.comparison import compare, compare_records
 from fxq.config import QConfig, QConfigMapping
 from fxq.errors import FxqError, FxqWarning
+from fxq.freezing import freeze
 from fxq.networkx_export import to_networkx, write_graph
 from fxq.onnx_export import to_onnx
 from fxq.records import graph_records, observer_records
@@ -26,6 +27,7 @@ __all__ = [
     "compare_records",
     "convert",
     "convert_to_reference",
+    "freeze",
     "fusion_table",
     "graph_records",
     "graph_table",

@@ -1,0 +1,177 @@
+"""The deployed form of a quantized model: one callable that repeats the same work as fast as torch lets it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxq.api import as_inputs
+from fxq.engine import running
+from fxq.errors import BackendError, StageError
+from fxq.partition import map_regions, partition_of, regions_of
+from fxq.plan import Stage
+
+_WARM_UP = 3  # calls until TorchScript's executor has specialized the graph
+
+
+class Frozen(nn.Module):
+    """A frozen model, called like the model it was made from; see :func:`freeze`.
+
+    Attributes:
+        shapes: of the tensors it is frozen for, in the order of the inputs. Inputs of other shapes run in the
+            original model: the same numbers at its speed.
+    """
+
+    def __init__(self, model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -> None:
+        super().__init__()
+        leaves, self._spec = pytree.tree_flatten((inputs[0], dict(inputs[1])))
+        leaves = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self._known = [_signature(leaf) for leaf in leaves]
+        self._strides = [leaf.stride() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self.shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self.__dict__["_model"] = model  # not a submodule: what is frozen has no parameters any more
+        self._run, self._result = _trace(model, leaves, self._spec)
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self._spec or [_signature(leaf) for leaf in leaves] != self._known:
+            return self._model(*args, **kwargs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        laid_out = [_with_strides(x, strides) for x, strides in zip(tensors, self._strides, strict=True)]
+        with torch.no_grad(), running():
+            found = self._run(*laid_out)
+        return self._result.restore(found)
+
+
+def freeze(qmodel: nn.Module, example_inputs: Any) -> nn.Module:
+    """The fastest callable for running a quantized model again and again on inputs of one shape.
+
+    The graph of kernels is recorded once, with every shape, scale and packed weight a constant in it, and runs
+    without Python (TorchScript, frozen; docs/performance.md has what else was measured). Its numbers are those of
+    ``qmodel`` bit for bit, which is verified on the example inputs. It may be called from several threads at once.
+
+    Args:
+        qmodel: lowered, from :func:`fxq.quantize`, ``convert``, ``lower`` or ``load``; unchanged.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs, of the shapes, dtypes and
+            memory formats that it will be called with. channels_last images save a conversion.
+
+    Returns:
+        A module that is called like ``qmodel`` and takes inputs of other shapes, too: these run in ``qmodel`` itself.
+        Where ``qmodel`` was quantized in regions, a copy of it with each region frozen for the first inputs it gets.
+
+    Raises:
+        StageError: if ``qmodel`` is not lowered, or calls a module that decides by the values it is given.
+        BackendError: if torch's frozen graph gives other numbers.
+
+    Example:
+        >>> frozen = fxq.freeze(qmodel, torch.rand(1, 3, 224, 224))                   # doctest: +SKIP
+        >>> scores = frozen(image)                                                    # doctest: +SKIP
+    """
+    regions_of(qmodel, Stage.LOWERED)
+    inputs = as_inputs(example_inputs)
+    if partition_of(qmodel) is None:
+        return Frozen(qmodel, inputs)
+    seen = _inputs_of_regions(qmodel, inputs)
+    return map_regions(qmodel, lambda region: Frozen(region, seen[id(region)]) if id(region) in seen else region)
+
+
+def _inputs_of_regions(qmodel: nn.Module, inputs: Any) -> dict[int, Any]:
+    """What each region is called with first when the whole model runs."""
+    seen: dict[int, Any] = {}
+    handles = [
+        region.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.setdefault(id(module), (args, kwargs)) and None, with_kwargs=True
+        )
+        for region in regions_of(qmodel).values()
+    ]
+    try:
+        with torch.no_grad():
+            qmodel(*inputs[0], **inputs[1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _signature(leaf: Any) -> Any:
+    """What must be the same for the recorded graph to be valid, beside the order in memory."""
+    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _with_strides(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    if x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+class _Result:
+    """How the tensors of a recorded graph become the model's result again."""
+
+    def __init__(self, result: Any) -> None:
+        self.leaves, self.spec = pytree.tree_flatten(result)
+        self.is_tensor = [isinstance(leaf, torch.Tensor) for leaf in self.leaves]
+        self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+
+    def restore(self, tensors: Any) -> Any:
+        found = iter(tensors)
+        pairs = zip(self.leaves, self.is_tensor, strict=True)
+        leaves = [next(found) if is_tensor else leaf for leaf, is_tensor in pairs]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+class _Flat(nn.Module):
+    """A model as a function of tensors that returns a tuple of tensors."""
+
+    def __init__(self, model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.model = model
+        self.leaves, self.spec = leaves, spec
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = iter(tensors)
+        leaves = [next(found) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return tuple(_Result(self.model(*args, **kwargs)).tensors)
+
+
+def _trace(model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec) -> tuple[torch.jit.ScriptModule, _Result]:
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    flat = _Flat(model, leaves, spec).eval()
+    with torch.no_grad(), running(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        expected = _Result(model(*args, **kwargs))
+        run = torch.jit.freeze(torch.jit.trace(flat, tensors, check_trace=False))  # type: ignore[no-untyped-call]
+        for _ in range(_WARM_UP):
+            found = run(*tensors)
+    _require_no_decisions(model, caught)
+    if not all(map(_same, found, expected.tensors)):
+        raise BackendError("torch's frozen graph of this model gives other numbers; use the model as it is")
+    return run, expected
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.dtype == expected.dtype and torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+def _require_no_decisions(model: nn.Module, caught: list[warnings.WarningMessage]) -> None:
+    """Raise StageError if a module inside that torch.fx could not trace decides by values: one way was recorded."""
+    leaves = [
+        str(node.target)
+        for region in regions_of(model).values()
+        for node in region.graph.nodes
+        if node.op == "call_module"
+    ]
+    decides = [entry for entry in caught if issubclass(entry.category, torch.jit.TracerWarning)]
+    if leaves and decides:
+        raise StageError(
+            f"'{leaves[0]}' decides by the values it is given ({str(decides[0].message).splitlines()[0]}), so one "
+            f"recorded run does not stand for all; use the model as it is"
+        )
+

@@ -1,0 +1,164 @@
+"""Frozen models give the numbers of the model they were made from, for all inputs and from several threads."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxq
+from fxq.errors import StageError
+from fxq.freezing import Frozen
+
+
+class Net(nn.Module):
+    """Conv with silu, squeeze-and-excitation, a narrow max pool, a residual and a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU())
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())
+        self.body = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.entry(x)
+        x = F.max_pool2d(x * self.gate(x), 3, 2, 1)
+        x = F.relu(x + self.body(x))
+        return self.head(x.mean((2, 3)))
+
+
+class Structured(nn.Module):
+    """Two inputs, one by keyword, and a result of tuples, dicts and plain values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 6), nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor, *, other: torch.Tensor) -> dict[str, Any]:
+        left, right = self.left(x), self.right(other)
+        return {"both": (left, right), "sum": left + right, "kind": "scores", "none": None}
+
+
+def quantized(model: nn.Module, *shape: int, backend: str = "x86") -> nn.Module:
+    torch.manual_seed(0)
+    data = [torch.randn(shape) for _ in range(2)]
+    return fxq.quantize(model.eval(), data, backend=backend, progress=False)
+
+
+@pytest.mark.parametrize("backend", ["x86", "onednn", "fbgemm", "qnnpack"])
+def test_same_numbers_bit_for_bit(backend: str) -> None:
+    qmodel = quantized(Net(), 2, 3, 24, 24, backend=backend)
+    frozen = fxq.freeze(qmodel, torch.randn(2, 3, 24, 24))
+    for _ in range(4):
+        x = torch.randn(2, 3, 24, 24) * 2
+        assert torch.equal(frozen(x), qmodel(x))
+
+
+def test_other_layouts_and_shapes() -> None:
+    qmodel = quantized(Net(), 2, 3, 24, 24)
+    frozen = fxq.freeze(qmodel, torch.randn(2, 3, 24, 24).to(memory_format=torch.channels_last))
+    assert frozen.shapes == [(2, 3, 24, 24)]
+    for x in (
+        torch.randn(2, 3, 24, 24),
+        torch.randn(2, 3, 24, 24).transpose(2, 3),
+        torch.randn(2, 3, 24, 1).expand(2, 3, 24, 24),
+        torch.randn(1, 3, 24, 24),
+        torch.randn(2, 3, 17, 40),
+    ):
+        assert torch.equal(frozen(x), qmodel(x))
+
+
+def test_results_of_earlier_calls_stay() -> None:
+    qmodel = quantized(Net(), 1, 3, 16, 16)
+    frozen = fxq.freeze(qmodel, torch.randn(1, 3, 16, 16))
+    first, second = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 16)
+    result = frozen(first)
+    copy = result.clone()
+    frozen(second)
+    assert torch.equal(result, copy)
+
+
+def test_structured_inputs_and_results() -> None:
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(3, 4), "other": torch.randn(3, 4)}
+    qmodel = fxq.quantize(Structured().eval(), [inputs], progress=False)
+    frozen = fxq.freeze(qmodel, inputs)
+    other = {"x": torch.randn(3, 4), "other": torch.randn(3, 4)}
+    for found, expected in ((frozen(**other), qmodel(**other)), (frozen(**inputs), qmodel(**inputs))):
+        assert found["kind"] == "scores" and found["none"] is None and isinstance(found["both"], tuple)
+        assert torch.equal(found["sum"], expected["sum"])
+        assert all(map(torch.equal, found["both"], expected["both"]))
+
+
+def test_several_threads_at_once() -> None:
+    qmodel = quantized(Net(), 1, 3, 24, 24)
+    frozen = fxq.freeze(qmodel, torch.randn(1, 3, 24, 24))
+    images = [torch.randn(1, 3, 24, 24) for _ in range(8)]
+    expected = [qmodel(x) for x in images]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(10):
+            if not torch.equal(frozen(images[number]), expected[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_the_global_engine_does_not_matter() -> None:
+    qmodel = quantized(Net(), 1, 3, 16, 16)
+    x = torch.randn(1, 3, 16, 16)
+    frozen, expected = fxq.freeze(qmodel, x), qmodel(x)
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "qnnpack"  # whose kernels without weights round differently
+    try:
+        assert torch.equal(frozen(x), expected)
+        assert torch.backends.quantized.engine == "qnnpack"
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def test_frozen_in_regions() -> None:
+    class Loops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [self.net(image[None]) for image in images if image.sum() != 0]
+
+    torch.manual_seed(0)
+    images = [torch.randn(3, 16, 16), torch.randn(3, 24, 24)]
+    qmodel = fxq.quantize(Loops().eval(), [(images,)], example_inputs=(images,), progress=False)
+    frozen = fxq.freeze(qmodel, (images,))
+    assert isinstance(frozen.get_submodule("net"), Frozen)
+    assert all(map(torch.equal, frozen(images), qmodel(images)))
+
+
+def test_refuses_what_is_not_lowered() -> None:
+    x = torch.randn(1, 3, 16, 16)
+    with pytest.raises(StageError, match="not made by fxq"):
+        fxq.freeze(Net(), x)
+    with pytest.raises(StageError, match="lowered"):
+        fxq.freeze(fxq.prepare(Net().eval(), x), x)
+
+
+def test_refuses_a_module_that_decides_by_values() -> None:
+    class Decides(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if x.sum() > 0 else x
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Decides(), nn.Conv2d(4, 4, 1))
+    qmodel = quantized(model, 1, 3, 8, 8)
+    with pytest.raises(StageError, match="'1' decides by the values"):
+        fxq.freeze(qmodel, torch.randn(1, 3, 8, 8))
