@@ -136,7 +136,7 @@ def conv_pointwise(*arguments: Any) -> torch.Tensor:
 
     torch.jit.trace does not record a call with an empty list of optional numbers, but that of a script function.
     """
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return _scripted_conv_pointwise()(*arguments)  # type: ignore[no-any-return]
     *rest, post_op = arguments
     run = torch.ops.onednn.qconv_pointwise.default

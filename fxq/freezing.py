@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.jit._trace import TracerWarning
 from torch.utils import _pytree as pytree
 
 from fxq.api import as_inputs
 from fxq.engine import running
 from fxq.errors import BackendError, StageError
-from fxq.partition import map_regions, partition_of, regions_of
+from fxq.partition import Inputs, map_regions, region_inputs, regions_of
 from fxq.plan import Stage
 
 _WARM_UP = 3  # calls until TorchScript's executor has specialized the graph
@@ -27,21 +27,21 @@ class Frozen(nn.Module):
             original model: the same numbers at its speed.
     """
 
-    def __init__(self, model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__()
         leaves, self._spec = pytree.tree_flatten((inputs[0], dict(inputs[1])))
         leaves = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._known = [_signature(leaf) for leaf in leaves]
         self._strides = [leaf.stride() for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        self.__dict__["_model"] = model  # not a submodule: what is frozen has no parameters any more
+        self._model = (model,)  # not a submodule: what is frozen has no parameters any more
         self._run, self._result = _trace(model, leaves, self._spec)
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self._spec or [_signature(leaf) for leaf in leaves] != self._known:
-            return self._model(*args, **kwargs)
+            return self._model[0](*args, **kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         laid_out = [_with_strides(x, strides) for x, strides in zip(tensors, self._strides, strict=True)]
         with torch.no_grad(), running():
@@ -74,29 +74,8 @@ def freeze(qmodel: nn.Module, example_inputs: Any) -> nn.Module:
         >>> scores = frozen(image)                                                    # doctest: +SKIP
     """
     regions_of(qmodel, Stage.LOWERED)
-    inputs = as_inputs(example_inputs)
-    if partition_of(qmodel) is None:
-        return Frozen(qmodel, inputs)
-    seen = _inputs_of_regions(qmodel, inputs)
+    seen = region_inputs(qmodel, as_inputs(example_inputs))
     return map_regions(qmodel, lambda region: Frozen(region, seen[id(region)]) if id(region) in seen else region)
-
-
-def _inputs_of_regions(qmodel: nn.Module, inputs: Any) -> dict[int, Any]:
-    """What each region is called with first when the whole model runs."""
-    seen: dict[int, Any] = {}
-    handles = [
-        region.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.setdefault(id(module), (args, kwargs)) and None, with_kwargs=True
-        )
-        for region in regions_of(qmodel).values()
-    ]
-    try:
-        with torch.no_grad():
-            qmodel(*inputs[0], **inputs[1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
 
 
 def _signature(leaf: Any) -> Any:
@@ -147,7 +126,7 @@ def _trace(model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec) -> tuple[
         warnings.simplefilter("always")
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         expected = _Result(model(*args, **kwargs))
-        run = torch.jit.freeze(torch.jit.trace(flat, tensors, check_trace=False))  # type: ignore[no-untyped-call]
+        run = torch.jit.freeze(torch.jit.trace(flat, tensors, check_trace=False))
         for _ in range(_WARM_UP):
             found = run(*tensors)
     _require_no_decisions(model, caught)
@@ -168,7 +147,7 @@ def _require_no_decisions(model: nn.Module, caught: list[warnings.WarningMessage
         for node in region.graph.nodes
         if node.op == "call_module"
     ]
-    decides = [entry for entry in caught if issubclass(entry.category, torch.jit.TracerWarning)]
+    decides = [entry for entry in caught if issubclass(entry.category, TracerWarning)]
     if leaves and decides:
         raise StageError(
             f"'{leaves[0]}' decides by the values it is given ({str(decides[0].message).splitlines()[0]}), so one "

@@ -68,12 +68,31 @@ def regions_of(model: nn.Module, *stages: Stage) -> dict[str, QuantModule]:
     return regions
 
 
-def map_regions(model: nn.Module, transform: Callable[[QuantModule], QuantModule]) -> nn.Module:
+def map_regions(model: nn.Module, transform: Callable[[QuantModule], nn.Module]) -> nn.Module:
     """A copy of a model with each region replaced by what ``transform`` makes of it."""
     if isinstance(model, QuantModule):
         return transform(model)
     replaced: dict[int, Any] = {id(region): transform(region) for region in regions_of(model).values()}
     return copy_structure(model, replaced)
+
+
+def region_inputs(model: nn.Module, inputs: Inputs) -> dict[int, Inputs]:
+    """What each region is called with first when the whole model runs on ``inputs``, by the region's id."""
+    if isinstance(model, QuantModule):
+        return {id(model): inputs}
+    seen: dict[int, Inputs] = {}
+
+    def record(region: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.setdefault(id(region), (args, kwargs))
+
+    handles = [region.register_forward_pre_hook(record, with_kwargs=True) for region in regions_of(model).values()]
+    try:
+        with torch.no_grad():
+            model(*inputs[0], **inputs[1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def reference_of(model: nn.Module) -> nn.Module:
