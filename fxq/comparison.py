@@ -29,7 +29,8 @@ from fxq.graph_module import BACKEND, QuantModule, copy_module, free_path, get_a
 from fxq.lockstep import Walk, region_inputs
 from fxq.measures import Noise, keep_batches, model_outputs, output_noise
 from fxq.partition import Inputs, map_regions, reference_of, regions_of
-from fxq.plan import EXCLUDED
+from fxq.passes.layer_weights import scale_inputs, scale_outputs
+from fxq.plan import EXCLUDED, QuantPlan
 from fxq.preparation import prepare_model
 from fxq.qdq import DEQUANTIZE, QUANTIZE, is_dequantize, is_quantize
 from fxq.records import graph_records
@@ -146,7 +147,38 @@ def _float_graphs(model: nn.Module, reference: nn.Module, inputs: Inputs) -> nn.
                 f"{region.plan.where(strangers[0])} of the quantized model is not in the float model: give the model "
                 f"that it was made from, and inputs of the same form"
             )
-    return floats
+    plans = {id(twins[path]): region.plan for path, region in regions.items()}
+    return map_regions(floats, lambda twin: _equalized(twin, plans[id(twin)]) if id(twin) in plans else twin)
+
+
+def _equalized(floats: QuantModule, plan: QuantPlan) -> QuantModule:
+    """The float graph with its layers scaled against each other as they were when ``plan``'s graph was made.
+
+    The model stays what it is, but the values between these layers are those that the quantized model rounds.
+    """
+    clone = copy_module(floats)
+    ops = clone.meta[BACKEND].dictionary
+    nodes = {node.name: node for node in clone.graph.nodes}
+    for pair in plan.equalized:
+        scale = torch.tensor(pair.scale, dtype=torch.float64)
+        for node, change in ((nodes[pair.first], scale_outputs), (nodes[pair.second], scale_inputs)):
+            op = ops.op_of(node)
+            weight, bias = (_constant(clone, op.get(node, name)) for name in ("weight", "bias"))
+            assert weight is not None
+            factor = 1 / scale if change is scale_outputs else scale
+            _put(clone, node, op.index("weight"), change(weight.double(), factor, op, node).float())
+            if bias is not None and change is scale_outputs:
+                _put(clone, node, op.index("bias"), (bias.double() / scale).float())
+    clone.recompile()
+    return clone
+
+
+def _put(module: QuantModule, node: Node, position: int, value: torch.Tensor) -> None:
+    """Let a node read ``value`` as its argument at a position."""
+    path = free_path(module, f"{node.name}_argument{position}")
+    module.register_buffer(path, value)
+    with module.graph.inserting_before(node):
+        node.update_arg(position, module.graph.get_attr(path))
 
 
 @dataclass(frozen=True)
@@ -190,10 +222,7 @@ def _with_constants(module: QuantModule, source: QuantModule, reference: QuantMo
         for position, argument in enumerate(others[name].args):
             value = _constant(source, argument)
             if value is not None:
-                path = free_path(clone, f"{name}_argument{position}")
-                clone.register_buffer(path, value)
-                with clone.graph.inserting_before(nodes[name]):
-                    nodes[name].update_arg(position, clone.graph.get_attr(path))
+                _put(clone, nodes[name], position, value)
             elif argument is None:
                 nodes[name].update_arg(position, None)  # no bias, where a correction may have added one
     clone.recompile()

@@ -113,6 +113,14 @@ class ChannelStatistics(NamedTuple):
     std: tuple[float, ...]
 
 
+class Equalized(NamedTuple):
+    """Two layers: the first one's output channels were divided by ``scale``, the second one's inputs multiplied."""
+
+    first: str
+    second: str
+    scale: tuple[float, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """Nodes that run as one int8 kernel: root first, then the tail that is fused into it.
@@ -183,6 +191,7 @@ class QuantPlan:
         attributes: plain attributes of the user's module, which code around it may read.
         weight_bytes: bytes of the quantized weights as float32 and as integers with their qparams.
         untraceable: reason for each float leaf module that could not be traced.
+        equalized: layers scaled against each other; comparing with the float model needs to know.
         statistics: of the layers that a BatchNorm was folded into; not kept in files.
     """
 
@@ -206,6 +215,7 @@ class QuantPlan:
     attributes: dict[str, Any] = field(default_factory=dict)
     weight_bytes: tuple[int, int] = (0, 0)
     untraceable: dict[str, str] = field(default_factory=dict)
+    equalized: list[Equalized] = field(default_factory=list)
     statistics: dict[str, ChannelStatistics] = field(default_factory=dict)
 
     def origin(self, name: str) -> Origin:

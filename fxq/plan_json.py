@@ -11,6 +11,7 @@ from fxq.errors import ConfigError, FileFormatError
 from fxq.graph_json import DTYPES, decode_value, encode_value
 from fxq.plan import (
     Decision,
+    Equalized,
     Fusion,
     Origin,
     QuantPlan,
@@ -46,6 +47,7 @@ def encode_plan(plan: QuantPlan) -> dict[str, Any]:
         "attributes": encode_value(plan.attributes, "(attributes)"),
         "weight_bytes": list(plan.weight_bytes),
         "untraceable": plan.untraceable,
+        "equalized": [[first, second, list(scale)] for first, second, scale in plan.equalized],
     }
 
 
@@ -84,6 +86,7 @@ def decode_plan(record: dict[str, Any]) -> QuantPlan:
         attributes=decode_value(record["attributes"], {}),
         weight_bytes=(record["weight_bytes"][0], record["weight_bytes"][1]),
         untraceable=dict(record["untraceable"]),
+        equalized=[Equalized(first, second, tuple(scale)) for first, second, scale in record["equalized"]],
     )
     wrong = wrong_field(plan)
     if wrong is not None:

@@ -15,6 +15,7 @@ from torch import nn
 import fxq
 from fxq.errors import CalibrationError, InputError, StageError
 from fxq.numerics import sqnr
+from fxq.plan import Equalized
 from fxq.qdq import is_quantize
 
 
@@ -130,6 +131,25 @@ def test_attention_that_stays_whole():
     for exclude in ((), ("attention",)):
         records = fxq.compare_records(net, fxq.quantize(net, data, exclude=exclude, backend="qnnpack"), data)
         assert records[-1]["sqnr"] > 25
+
+
+def test_layers_that_were_scaled_against_each_other():
+    """What an equalized copy of the model is compared with is what the model itself is compared with."""
+    net, scaled, data = chain(), chain(), images()
+    factors = [torch.logspace(-0.5, 0.5, 8), torch.logspace(0.5, -0.5, 8)]
+    for first, second, s in ((scaled.a, scaled.b, factors[0]), (scaled.b, scaled.c, factors[1])):
+        first.weight /= s.view(-1, 1, 1, 1)
+        first.bias /= s
+        second.weight *= s.view(1, -1, 1, 1)
+    reference = fxq.convert_to_reference(calibrated(scaled, data))
+    expected = fxq.compare_records(scaled, reference, data)
+    assert by_node(fxq.compare_records(net, reference, data))["relu"]["sqnr"] < 20  # they differ by the factors
+    pairs = zip((("a", "b"), ("b", "c")), factors, strict=True)
+    reference.plan.equalized += [Equalized(*names, tuple(s.tolist())) for names, s in pairs]
+    for ours, theirs in zip(fxq.compare_records(net, fxq.lower(reference, "qnnpack"), data), expected, strict=True):
+        assert ours["node"] == theirs["node"]
+        for key in ("sqnr", "own_sqnr", "weights_share"):
+            assert ours[key] == pytest.approx(theirs[key], abs=0.05)
 
 
 def test_batches_of_different_sizes_count_by_their_elements():

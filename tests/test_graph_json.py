@@ -204,6 +204,8 @@ MALFORMED: dict[str, Edit] = {
     "macs": plan("macs", {"a": "many"}),
     "properties": plan("properties", []),
     "weight_bytes": plan("weight_bytes", ["1", 2]),
+    "equalized": plan("equalized", [["a", "b", ["1"]]]),
+    "equalized is short": plan("equalized", [["a", "b"]]),
     "weight_bytes is short": plan("weight_bytes", [1]),
     "facts": plan("facts", {"x": [["a"], "float32"]}),
     "facts of an unknown dtype": plan("facts", {"x": [[1], "system"]}),
