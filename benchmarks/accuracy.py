@@ -1,9 +1,11 @@
-"""Accuracy of int8 models on real weights and images, beside torch.ao FX graph mode on the same data.
+"""Accuracy of int8 models on real weights and images, beside other tools on the same data.
 
-    python benchmarks/accuracy.py --data DIR
+    python benchmarks/accuracy.py --data DIR                # fxq and its peers
+    python benchmarks/accuracy.py --data DIR --observers    # fxq with each way to choose ranges
 
-DIR is described in benchmarks/real_data.py. Prints, for each model and method, top-1, its difference to float in
-points, how often the prediction is float's own, the mean SQNR of the scores in dB and the seconds to quantize.
+DIR is described in benchmarks/real_data.py, the peers in benchmarks/peers.py. Prints, for each model and method, top-1
+and its difference to float in points, top-5, how often the prediction is float's own, the mean SQNR of the scores in
+dB, and the seconds from float model to int8 model.
 """
 
 from __future__ import annotations
@@ -13,47 +15,64 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import peers
 import torch
-from peers import convert_torch_ao, prepare_torch_ao
 from real_data import TASKS, Task, load_task
 from tabulate import tabulate
 from torch import nn
 
 import fxq
+from fxq.backends import get_backend
 from fxq.numerics import sqnr
+from fxq.observers import OBSERVERS
 
 BATCH = 20
 
-
-def _fxq(qconfig: str, backend: str) -> Callable[[Task], nn.Module]:
-    def quantize(task: Task) -> nn.Module:
-        data = task.calibration.split(BATCH)
-        return fxq.quantize(task.model, data, backend=backend, qconfig=qconfig, progress=False)
-
-    return quantize
+Method = Callable[[nn.Module, list[torch.Tensor]], nn.Module]
 
 
-def _torch_ao(backend: str) -> Callable[[Task], nn.Module]:
-    def quantize(task: Task) -> nn.Module:
-        batches = task.calibration.split(BATCH)
-        prepared = prepare_torch_ao(task.model, batches[0], backend)
-        with torch.no_grad():
-            for batch in batches:
-                prepared(batch)
-        return convert_torch_ao(prepared, backend)
-
-    return quantize
+def _fxq(**options: Any) -> Method:
+    return lambda model, batches: fxq.quantize(model, batches, progress=False, **options)
 
 
-METHODS: dict[str, Callable[[Task], nn.Module]] = {
-    "fxq per_channel x86": _fxq("per_channel", "x86"),
-    "fxq per_channel fbgemm": _fxq("per_channel", "fbgemm"),
-    "fxq per_channel onednn": _fxq("per_channel", "onednn"),
-    "fxq per_channel qnnpack": _fxq("per_channel", "qnnpack"),
-    "fxq per_tensor x86": _fxq("per_tensor", "x86"),
-    "torch.ao x86": _torch_ao("x86"),
-    "torch.ao onednn": _torch_ao("onednn"),
+def _peer(quantize: Callable[..., nn.Module], **options: Any) -> Method:
+    return lambda model, batches: quantize(model, batches, **options)
+
+
+METHODS: dict[str, Method] = {
+    "fxq x86": _fxq(),
+    "fxq fbgemm": _fxq(backend="fbgemm"),
+    "fxq onednn": _fxq(backend="onednn"),
+    "fxq qnnpack": _fxq(backend="qnnpack"),
+    "fxq per_tensor": _fxq(qconfig="per_tensor"),
+    "torch.ao x86": _peer(peers.torch_ao, backend="x86"),
+    "torch.ao onednn": _peer(peers.torch_ao, backend="onednn"),
+    "onnxruntime": _peer(peers.onnxruntime),
+    "onnxruntime per_channel": _peer(peers.onnxruntime, per_channel=True),
+    "NNCF": _peer(peers.nncf),
+}
+
+
+def _observed(activation: str, weight: str, **changes: Any) -> Method:
+    backend = get_backend("x86")
+    return _fxq(
+        qconfig=fxq.QConfig(
+            activation=backend.activation.replace(observer=activation),
+            weight=backend.weight.replace(observer=weight, **changes),
+        )
+    )
+
+
+# Activations with each observer, then weights with each, then the same with one scale a weight.
+OBSERVER_METHODS: dict[str, Method] = {
+    **{name: _observed(name, get_backend("x86").weight.observer) for name in (*OBSERVERS, "percentile:99.9")},
+    **{f"weights {name}": _observed(get_backend("x86").activation.observer, name) for name in ("minmax", "mse")},
+    **{
+        f"per-tensor weights {name}": _observed(get_backend("x86").activation.observer, name, ch_axis=None)
+        for name in ("minmax", "mse")
+    },
 }
 
 
@@ -63,33 +82,54 @@ def scores(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         return torch.cat([model(batch) for batch in images.split(BATCH)])
 
 
+def measures(expected: torch.Tensor, actual: torch.Tensor, labels: torch.Tensor) -> list[str]:
+    """Top-1, its difference to that of ``expected``, top-5, agreement in percent, mean SQNR in dB."""
+
+    def top(k: int, values: torch.Tensor) -> float:
+        return 100 * (values.topk(k).indices == labels[:, None]).any(1).float().mean().item()
+
+    agrees = 100 * (actual.argmax(1) == expected.argmax(1)).float().mean().item()
+    decibels = statistics.mean(sqnr(e, a) for e, a in zip(expected, actual, strict=True))
+    change = top(1, actual) - top(1, expected)
+    return [f"{top(1, actual):.1f}", f"{change:+.1f}", f"{top(5, actual):.1f}", f"{agrees:.1f}", f"{decibels:.1f}"]
+
+
+def measure(task: Task, methods: dict[str, Method], images: int | None) -> list[list[str]]:
+    """The table's rows of one model."""
+    x, labels = task.images[:images], task.labels[:images]
+    expected = scores(task.model, x)
+    rows = [[task.name, f"float, {len(x)} images", *measures(expected, expected, labels)[::2][:2]]]
+    rows[0].insert(3, "")
+    for name, quantize in methods.items():
+        start = time.perf_counter()
+        try:
+            model = quantize(task.model, list(task.calibration.split(BATCH)))
+        except ModuleNotFoundError as error:
+            rows.append(["", f"{name}: not installed ({error.name}); pip install 'fxq[peers]'"])
+            continue
+        seconds = time.perf_counter() - start
+        rows.append(["", name, *measures(expected, scores(model, x), labels), f"{seconds:.1f}"])
+    return rows
+
+
 def main() -> None:
     """Print one line a model and method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", help="only these rows of the table")
+    parser.add_argument("--observers", action="store_true", help="compare observers instead of tools")
     parser.add_argument("--images", type=int, default=None, help="test with the first N images only")
+    parser.add_argument("--format", default="simple", help="of the table; github for Markdown")
     options = parser.parse_args()
-    rows = []
-    for name in options.models:
-        task = load_task(name, options.data)
-        images, labels = task.images[: options.images], task.labels[: options.images]
-        expected = scores(task.model, images)
-        float_top1 = 100 * (expected.argmax(1) == labels).float().mean().item()
-        rows.append([name, "float", f"{float_top1:.1f}", "", "", "", ""])
-        for method in options.methods:
-            start = time.perf_counter()
-            model = METHODS[method](task)
-            took = time.perf_counter() - start
-            actual = scores(model, images)
-            top1 = 100 * (actual.argmax(1) == labels).float().mean().item()
-            agree = 100 * (actual.argmax(1) == expected.argmax(1)).float().mean().item()
-            decibels = statistics.mean(sqnr(e, a) for e, a in zip(expected, actual, strict=True))
-            rows.append(["", method, f"{top1:.1f}", f"{top1 - float_top1:+.1f}", f"{agree:.1f}",
-                         f"{decibels:.1f}", f"{took:.1f}"])  # fmt: skip
-    headers = ["model", "method", "top-1 %", "to float", "agrees %", "SQNR dB", "seconds"]
-    print(tabulate(rows, headers, disable_numparse=True))
+    known = OBSERVER_METHODS if options.observers else METHODS
+    unknown = set(options.methods or ()) - set(known)
+    if unknown:
+        parser.error(f"unknown methods {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    methods = {name: known[name] for name in options.methods or known}
+    rows = [row for name in options.models for row in measure(load_task(name, options.data), methods, options.images)]
+    headers = ["model", "method", "top-1 %", "to float", "top-5 %", "agrees %", "SQNR dB", "seconds"]
+    print(tabulate(rows, headers, options.format, disable_numparse=True))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import nn
 
 from fxq.models import load_model
+from fxq.torchvision_ops import import_torchvision
 
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
@@ -97,6 +98,7 @@ def _squeezenet1_0(data: Path) -> tuple[nn.Module, Images]:
 
 
 def _mobilenet_v2_cifar10(data: Path) -> tuple[nn.Module, Images]:
+    import_torchvision()
     from torchvision.models import mobilenet_v2
 
     return _weights(mobilenet_v2(num_classes=10), data / "mobilenet_v2_cifar10.pt"), _cifar10(data, 64)

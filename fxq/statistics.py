@@ -30,6 +30,9 @@ CHANNEL_BINS = 512
 MIN_EXPONENT = -100
 # Elements binned at a time: large enough to hide the call's overhead, small enough for temporaries to stay in cache.
 _CHUNK = 1 << 18
+# Elements of a sample beyond which all elements are counted, on either side.
+_TAIL = 16
+_ROWS = 64
 
 
 class Statistics:
@@ -57,8 +60,9 @@ class Statistics:
 
         Args:
             x: floating tensor of any shape; converted to float32. An empty one is ignored.
-            every: count only every n-th element of each channel, in memory order (only histograms count). The
-                extremes always come from all elements.
+            every: count only every n-th element of each channel, in memory order (only histograms count). Without
+                channels each then counts ``n`` times, and values near the extremes are counted among all elements.
+                The extremes themselves always come from all.
 
         Raises:
             CalibrationError: if ``x`` has NaN or inf, is not floating, or has another number of channels.
@@ -71,7 +75,10 @@ class Statistics:
         low, high = _min_max(x)
         if self.count and low.numel() != self.low.numel():
             raise CalibrationError(f"saw {low.numel()} channels after {self.low.numel()} on axis {self.ch_axis}")
-        self._add(x[:, ::every] if every > 1 else x, low, high)
+        if every > 1:
+            self._add_part(x, low, high, every)
+        else:
+            self._add(x, low, high)
         self.count += x.numel()
 
     def merge(self, other: Self) -> Self:
@@ -116,6 +123,10 @@ class Statistics:
     def _add(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         """Add a finite batch ``x``, float32 ``[C, N]``, whose extremes are ``low`` and ``high``, ``[C]``."""
         raise NotImplementedError
+
+    def _add_part(self, x: Tensor, low: Tensor, high: Tensor, every: int) -> None:
+        """As :meth:`_add`, but look only at every n-th element; for statistics that do not count."""
+        self._add(x[:, ::every], low, high)
 
     def _merge(self, other: Self) -> None:
         """Add ``other``; neither is empty and the channels agree."""
@@ -227,6 +238,16 @@ class HistogramStatistics(MinMaxStatistics):
         _count_into(self.counts, x, self.width.reciprocal())
         super()._add(x, low, high)
 
+    def _add_part(self, x: Tensor, low: Tensor, high: Tensor, every: int) -> None:
+        if self.ch_axis is not None:
+            super()._add_part(x, low, high, every)
+            return
+        bulk, tails = _sample(x[0], every)
+        self._add(tails[None], low, high)
+        counts = torch.zeros_like(self.counts)
+        _count_into(counts, bulk[None], self.width.reciprocal())
+        self.counts.add_(counts, alpha=every)
+
     def _merge(self, other: Self) -> None:
         if self.bins != other.bins:
             raise CalibrationError(f"cannot merge histograms of {self.bins} and {other.bins} bins")
@@ -289,6 +310,23 @@ def _coarsen(counts: Tensor, width: Tensor, wider: Tensor) -> Tensor:
     factor = (wider.double() / width.double()).clamp(max=2.0**32).to(torch.int64)[:, None]
     target = torch.div(index, factor, rounding_mode="trunc") + middle
     return torch.zeros_like(counts).scatter_add_(1, target, counts)
+
+
+def _sample(x: Tensor, every: int) -> tuple[Tensor, Tensor]:
+    """Every n-th element of ``x``, ``[N]``, without its tails, and the tails of ``x`` itself.
+
+    A tail begins at the sample's own ``_TAIL``-th smallest or largest value. A sample alone would miss most of the
+    rare large values, and a range search would clip them as if they did not matter. The extremes of columns of
+    ``_ROWS`` elements stand for all elements there: finding them is ten times faster, and few columns have two.
+    """
+    sample = x[::every].contiguous()
+    tail = min(_TAIL, len(sample))
+    lower, upper = sample.topk(tail, largest=False).values[-1], sample.topk(tail).values[-1]
+    columns = x[: len(x) // _ROWS * _ROWS].view(_ROWS, -1)
+    rest = x[columns.numel() :]
+    lows, highs = torch.cat([columns.amin(0), rest]), torch.cat([columns.amax(0), rest])
+    tails = torch.cat([lows[lows < lower], highs[highs > upper]])
+    return sample[(sample >= lower) & (sample <= upper)], tails
 
 
 def _count_into(counts: Tensor, x: Tensor, inverse_width: Tensor) -> None:

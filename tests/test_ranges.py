@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxq.numerics import choose_qparams, dequantize, quantize
-from fxq.ranges import expected_error, histogram_range, minmax_range, mse_range, percentile_range
+from fxq.ranges import (
+    CLIPPING,
+    entropy_range,
+    expected_error,
+    histogram_range,
+    minmax_range,
+    mse_range,
+    percentile_range,
+)
 from fxq.spec import QuantSpec
 from fxq.statistics import HistogramStatistics
 
@@ -20,6 +29,7 @@ UINT4 = UINT8.replace(quant_max=15)
 INT4 = INT8.replace(quant_min=-8, quant_max=7)
 SPECS = [UINT8, INT8, UINT4, INT4, UINT8.replace(pow2_scale=True), INT4.replace(pow2_scale=True)]
 SEARCHES = [mse_range, histogram_range]
+ESTIMATES = [*SEARCHES, entropy_range]
 quick = settings(deadline=None, max_examples=50)
 
 
@@ -79,6 +89,56 @@ def test_expected_error_is_the_real_error(name, spec, fraction):
     assert expected == pytest.approx(real_error(x, (low, high), spec), rel=0.03)
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_cost_counts_what_is_clipped_twice(name, spec):
+    x = data(name)
+    stats = stats_of(x)
+    low, high = (0.5 * v.double()[:, None] for v in minmax_range(stats))
+    qparams = choose_qparams(low, high, spec)
+    scale = qparams.scale.double()
+    error = (dequantize(quantize(x, qparams, spec), qparams).double() - x.double()).abs()
+    extra = error[error > scale * 0.500001].square().sum() / len(x)
+    cost = expected_error(stats, low.clamp(max=0), high.clamp(min=0), spec, clipping=2.0).item()
+    once = expected_error(stats, low.clamp(max=0), high.clamp(min=0), spec).item()
+    assert cost - once == pytest.approx(extra.item(), rel=0.03, abs=1e-3 * once)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_search_is_near_the_cheapest_of_all_candidates(name, spec):
+    """The closed form only chooses what is looked at closely: nothing better may be missed."""
+    stats = stats_of(data(name))
+    fractions = torch.cat([2.0 ** -torch.arange(0, 6, 0.125), torch.zeros(1)]).double()
+    pairs = torch.cartesian_prod(fractions, fractions)
+    lows, highs = stats.low.double().clamp(max=0), stats.high.double().clamp(min=0)
+
+    def cost(low: torch.Tensor, high: torch.Tensor) -> float:
+        return expected_error(stats, low.double()[None], high.double()[None], spec, CLIPPING).min().item()
+
+    low, high = histogram_range(stats, spec)
+    assert cost(low, high) <= 1.02 * cost(lows * pairs[:, 0], highs * pairs[:, 1])
+
+
+def test_entropy_against_onnxruntime():
+    calibrate = pytest.importorskip("onnxruntime.quantization.calibrate")
+    for name in ("gaussian", "laplace", "outlier"):
+        x = data(name)
+        collector = calibrate.HistogramCollector("entropy", True, 2048, 128, 99.99, "same")
+        bound = float(x.abs().max())
+        counts, edges = np.histogram(x.numpy(), 2048, (-bound, bound))
+        _, theirs, *_ = collector.get_entropy_threshold((counts, edges, -bound, bound, bound), 128)
+        ours = entropy_range(stats_of(x, bins=2048), INT8.replace(quant_min=-63, quant_max=63))[1]
+        # Both curves are flat and noisy near their minimum, and the candidates differ.
+        assert ours.item() == pytest.approx(float(theirs), rel=0.25), name
+
+
+def test_entropy_clips_a_lone_outlier_whatever_its_size():
+    for outlier in (20.0, 1e3):
+        x = torch.cat([data("gaussian"), torch.tensor([outlier])])
+        assert entropy_range(stats_of(x), UINT8)[1].item() < max(6.0, outlier / 7)
+
+
 def test_outliers_are_clipped_and_clearly_beat_minmax():
     x = data("outlier")
     stats = stats_of(x)
@@ -123,7 +183,7 @@ def test_range_has_zero_inside_and_stays_inside_the_observed(search, spec, x):
     assert low.dtype == high.dtype == torch.float32 and low.shape == high.shape == (1,)
     assert min(0.0, stats.low.item()) <= low.item() <= 0 <= high.item() <= max(0.0, stats.high.item())
     found, mse, wide = (
-        expected_error(stats, a.double()[:, None].clamp(max=0), b.double()[:, None].clamp(min=0), spec).item()
+        expected_error(stats, a.double()[:, None].clamp(max=0), b.double()[:, None].clamp(min=0), spec, CLIPPING).item()
         for a, b in ((low, high), mse_range(stats, spec), minmax_range(stats))
     )
     assert found <= mse * (1 + 1e-5) and mse <= wide * (1 + 1e-5)
@@ -135,7 +195,7 @@ def test_an_empty_range_is_no_candidate():
     assert expected_error(stats_of(torch.linspace(0, 255, 20_000)), empty, empty, UINT8).item() == float("inf")
 
 
-@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("search", ESTIMATES)
 @pytest.mark.parametrize("value", [0.0, 1e-40, 1e-12, -1e-12, 5.0, -5.0, 1e30, -3e38])
 def test_constant_tensors_keep_their_value(search, value):
     x = torch.full((10,), value)
@@ -144,7 +204,9 @@ def test_constant_tensors_keep_their_value(search, value):
         assert (low.item(), high.item()) == (min(0.0, x[0].item()), max(0.0, x[0].item()))
 
 
-@pytest.mark.parametrize("search", [*SEARCHES, lambda s, spec: percentile_range(s, 99.0), lambda s, _: minmax_range(s)])
+@pytest.mark.parametrize(
+    "search", [*ESTIMATES, lambda s, spec: percentile_range(s, 99.0), lambda s, _: minmax_range(s)]
+)
 @pytest.mark.parametrize("spec", [INT8, INT4, UINT8], ids=str)
 def test_per_channel_is_per_tensor_of_each_channel(search, spec):
     x = torch.randn(40, 300) * torch.logspace(-6, 6, 40)[:, None]

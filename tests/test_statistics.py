@@ -139,15 +139,34 @@ def test_memory_format_and_dtype_do_not_matter():
     )
 
 
-def test_sampling_counts_some_but_sees_all_extremes():
-    x = torch.arange(100.0)
+def test_sampling_counts_the_bulk_in_part_and_the_tails_in_full():
+    x = torch.randn(200_003, generator=torch.Generator().manual_seed(0))
+    x[12345], x[77777], x[200_002] = 30.0, 25.0, -40.0  # none of them is in the sample
+    every = 61
+    assert not {12345 % every, 77777 % every, 200_002 % every} & {0}
+    stats, whole = HistogramStatistics(), stats_of(HistogramStatistics, x)
+    stats.update(x, every=every)
+    assert (stats.low.item(), stats.high.item(), stats.count) == (-40.0, 30.0, 200_003)
+    assert stats.width.equal(whole.width)
+    assert stats.counts.sum().item() == pytest.approx(len(x), rel=0.01)
+    centre = whole.counts.shape[1] // 2
+    beyond = int(4.0 / stats.width.item())  # 4 sigma: about 13 of 200,000 values, fewer than one in a sample
+    for tail in (slice(None, centre - beyond), slice(centre + beyond, None)):
+        assert torch.equal(stats.counts[:, tail], whole.counts[:, tail])
+    # The bulk within four standard deviations of a sample of this size.
+    for sigma in (-2, -1, 0, 1, 2):
+        part = slice(centre + int((sigma - 0.5) / stats.width), centre + int((sigma + 0.5) / stats.width))
+        expected = whole.counts[:, part].sum().item()
+        assert abs(stats.counts[:, part].sum().item() - expected) < 4 * (expected * every) ** 0.5
+
+
+def test_sampling_of_repeated_extremes_counts_them_once_each():
+    x = torch.full((10_000,), 6.0)
+    x[::2] = 0.0
     stats = HistogramStatistics()
     stats.update(x, every=7)
-    assert (stats.low.item(), stats.high.item(), stats.count) == (0.0, 99.0, 100)
-    expected = HistogramStatistics()
-    expected.update(torch.cat([x[::7]]))
-    assert expected.width.equal(stats.width)
-    assert torch.equal(stats.counts, expected.counts)
+    used = stats.counts[stats.counts > 0]
+    assert len(used) == 2 and used.sum().item() == pytest.approx(10_000, abs=7)
 
 
 @pytest.mark.parametrize("cls", ALL)
