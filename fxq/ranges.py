@@ -97,8 +97,8 @@ def entropy_range(stats: HistogramStatistics, spec: QuantSpec) -> Range:
     bounds = torch.maximum(-low, high) * torch.logspace(0, -octaves, 1 + round(16 * octaves), base=2.0).double()
     lows, highs = torch.maximum(low, -bounds), torch.minimum(high, bounds)
     rows = zip(*_density(stats), stats.width.double(), lows, highs, strict=True)
-    best = torch.stack([_divergence(edges * width, density, *candidates, spec).argmin().reshape(1)
-                        for edges, density, width, *candidates in rows])  # fmt: skip
+    best = torch.stack([_divergence(edges * width, density, below, above, spec).argmin().reshape(1)
+                        for edges, density, width, below, above in rows])  # fmt: skip
     return lows.gather(1, best)[:, 0].float(), highs.gather(1, best)[:, 0].float()
 
 
