@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from real_data import TASKS, Task, load_task
 from tabulate import tabulate
 from torch import nn
+from tqdm import tqdm
 
 import fxq
 from fxq.backends import get_backend
@@ -98,9 +100,9 @@ def measure(task: Task, methods: dict[str, Method], images: int | None) -> list[
     """The table's rows of one model."""
     x, labels = task.images[:images], task.labels[:images]
     expected = scores(task.model, x)
-    rows = [[task.name, f"float, {len(x)} images", *measures(expected, expected, labels)[::2][:2]]]
-    rows[0].insert(3, "")
-    for name, quantize in methods.items():
+    top1, _, top5, *_ = measures(expected, expected, labels)
+    rows = [[task.name, f"float, {len(x)} images", top1, "", top5]]
+    for name, quantize in tqdm(methods.items(), task.name):
         start = time.perf_counter()
         try:
             model = quantize(task.model, list(task.calibration.split(BATCH)))
@@ -109,6 +111,7 @@ def measure(task: Task, methods: dict[str, Method], images: int | None) -> list[
             continue
         seconds = time.perf_counter() - start
         rows.append(["", name, *measures(expected, scores(model, x), labels), f"{seconds:.1f}"])
+        tqdm.write("  ".join(rows[-1][1:]), file=sys.stderr)
     return rows
 
 

@@ -13,8 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxq
+from fxq.backends import get_backend
 from fxq.calibration import forward_parameters, model_inputs
+from fxq.config import named_qconfig
 from fxq.errors import CalibrationError, StageError
+from fxq.observers import OBSERVERS
 
 X = [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
 LABELS = [torch.tensor([i, i]) for i in range(4)]
@@ -281,3 +284,52 @@ def test_only_a_prepared_model() -> None:
 
 def test_forward_parameters_are_the_models() -> None:
     assert [p.name for p in forward_parameters(two())] == ["x", "y"]
+
+
+class Known(nn.Module):
+    """A convolution, then an activation whose range is known, then one that reads it."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.first, self.activation, self.last = nn.Conv2d(3, 8, 1), activation, nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.activation(self.first(x)))
+
+
+@pytest.mark.parametrize("observer", [*OBSERVERS, "percentile:90"])
+@pytest.mark.parametrize(
+    ("activation", "low", "high"),
+    [
+        (nn.ReLU(), 0.0, None),
+        (nn.ReLU6(), 0.0, 6.0),
+        (nn.Hardtanh(0.0, 4.0), 0.0, 4.0),
+        (nn.Hardtanh(-1.0, 1.0), -1.0, 1.0),
+        (nn.Softmax(1), 0.0, 1.0),
+        (nn.Sigmoid(), 0.0, 255 / 256),
+        (nn.Hardsigmoid(), 0.0, 255 / 256),
+        (nn.Tanh(), -1.0, 127 / 128),
+        (nn.Hardswish(), -0.375, None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_ranges_that_the_graph_knows(
+    activation: nn.Module, low: float, high: float | None, observer: str
+) -> None:
+    torch.manual_seed(0)
+    qconfig = named_qconfig("per_channel", get_backend("x86"))
+    qconfig = fxq.QConfig(activation=qconfig.activation.replace(observer=observer), weight=qconfig.weight)
+    data = [20 * torch.randn(2, 3, 9, 9) for _ in range(2)]
+    model = Known(activation).eval()
+    prepared = fxq.prepare(model, data[0], qconfig=qconfig)
+    fxq.calibrate(prepared, data, progress=False)
+    reference = fxq.convert_to_reference(prepared)
+    reader = next(node for node in reference.graph.nodes if node.name == "last")
+    _, scale, zero_point = reader.args[0].args
+    real_low, real_high = -zero_point * scale, (255 - zero_point) * scale
+    # Half a step is what rounding the zero point may move the range.
+    assert real_low >= low - scale / 2 and (high is None or real_high <= high * 1.0001 + scale / 2 * (low < 0))
+    if low == 0.0:
+        assert zero_point == 0
+    if isinstance(activation, (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh)):  # whatever was seen: kernels dictate it
+        assert (real_low, real_high) == (low, high)
