@@ -141,7 +141,8 @@ def input_statistics(node: Node, facts: Facts) -> Reason | None:
 
 
 def running_statistics(node: Node, facts: Facts) -> Reason | None:
-    if BATCH_NORM.get(node, "training"):
+    training = BATCH_NORM.get(node, "training")
+    if training and not isinstance(training, Node):  # a mode that is computed is eval mode once training is over
         return Reason("options", "normalises with batch statistics")
     return rank(4, 5)(node, facts)
 

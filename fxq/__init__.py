@@ -8,6 +8,16 @@ from fxq.errors import FxqError, FxqWarning
 from fxq.freezing import freeze
 from fxq.networkx_export import to_networkx, write_graph
 from fxq.onnx_export import to_onnx
+from fxq.qat import (
+    disable_fake_quant,
+    disable_observers,
+    enable_fake_quant,
+    enable_observers,
+    fake_quant_effects,
+    freeze_batchnorm,
+    freeze_observers,
+    prepare_qat,
+)
 from fxq.records import graph_records, observer_records
 from fxq.report import backend_table, backends, fusion_table, graph_table, observer_table, summary
 from fxq.sensitivity import sensitivity, sensitivity_records
@@ -28,6 +38,13 @@ __all__ = [
     "convert",
     "convert_to_reference",
     "freeze",
+    "disable_fake_quant",
+    "disable_observers",
+    "enable_fake_quant",
+    "enable_observers",
+    "fake_quant_effects",
+    "freeze_batchnorm",
+    "freeze_observers",
     "fusion_table",
     "graph_records",
     "graph_table",
@@ -37,6 +54,7 @@ __all__ = [
     "observer_records",
     "observer_table",
     "prepare",
+    "prepare_qat",
     "quantize",
     "save",
     "sensitivity",

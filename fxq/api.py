@@ -21,12 +21,15 @@ from fxq.op_table import Backend
 from fxq.partition import map_regions, partition_of, regions_of
 from fxq.pass_base import Pipeline
 from fxq.passes.absorb_clamp import AbsorbClamp
+from fxq.passes.finish_training import TRAINABLE, FinishTraining
+from fxq.passes.fold_batchnorm import FoldBatchNorm
 from fxq.passes.lower import lower as lower_graph
 from fxq.passes.simplify_qdq import SimplifyQDQ
 from fxq.passes.to_reference import ToReference
 from fxq.plan import NEVER_OBSERVED, Stage
 from fxq.preparation import prepare_model
 from fxq.tracing import require_eval
+from fxq.training_table import training_rows
 
 Exclusions = Iterable[str | type[nn.Module]] | str | type[nn.Module]
 
@@ -158,13 +161,18 @@ def _prepare(
     qconfig: QConfig | QConfigMapping | str,
     exclude: Exclusions,
 ) -> nn.Module:
-    if partition_of(model) is not None or any("fxq" in getattr(m, "meta", {}) for m in model.modules()):
-        raise StageError("this model was already prepared or quantized by fxq; prepare takes the float model")
+    require_float(model)
     require_eval(model)
     table = get_backend(backend) if isinstance(backend, str) else backend
     require_engine(table.engine)
     mapping = qconfig if isinstance(qconfig, QConfigMapping) else QConfigMapping().set_global(qconfig)
     return prepare_model(model, (args, kwargs), table, mapping.resolved(table, exclude))
+
+
+def require_float(model: nn.Module) -> None:
+    """Raise StageError if anything of a model was made by fxq."""
+    if partition_of(model) is not None or any("fxq" in getattr(m, "meta", {}) for m in model.modules()):
+        raise StageError("this model was already prepared or quantized by fxq; prepare takes the float model")
 
 
 def convert_to_reference(prepared: nn.Module) -> nn.Module:
@@ -202,6 +210,9 @@ def _require_data(regions: Iterable[QuantModule]) -> None:
 def _region_to_reference(prepared: QuantModule) -> QuantModule:
     table: Backend = prepared.meta[BACKEND]
     reference = copy_module(prepared)
+    if TRAINABLE in prepared.plan.properties:
+        reference.eval()
+        Pipeline([FinishTraining(training_rows()), FoldBatchNorm(table.dictionary)])(reference)
     Pipeline([ToReference(table, table.dictionary), AbsorbClamp(table.dictionary), SimplifyQDQ()])(reference)
     reference.plan.stage = Stage.REFERENCE
     return reference

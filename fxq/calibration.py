@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fxq.errors import CalibrationError
+from fxq.fake_quantize import calibrating
 from fxq.partition import regions_of
 from fxq.plan import Stage
 
@@ -30,7 +31,7 @@ def calibrate(
     """Run batches through a prepared model, so that its observers see the activations.
 
     Args:
-        prepared: from :func:`fxq.prepare`.
+        prepared: from :func:`fxq.prepare`, or :func:`fxq.prepare_qat` to start training from calibrated ranges.
         data: an iterable of tensors, tuples, dicts or a DataLoader's ``(input, target)`` pairs; what the model's
             forward does not take is dropped.
         num_batches: stop after this many batches; all by default.
@@ -52,7 +53,7 @@ def calibrate(
     chosen = itertools.islice(iterate(data), num_batches)
     batches = tqdm(chosen, "calibrate", _length(data, num_batches), disable=not show)
     seen = 0
-    with torch.no_grad():
+    with torch.no_grad(), calibrating(prepared):
         for batch in batches:
             if forward_fn is not None:
                 forward_fn(prepared, batch)

@@ -210,7 +210,7 @@ def _relowered(reference: QuantModule, table: Any) -> QuantModule:
 
 
 def _require_float32(module: QuantModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if "fxq" not in module.meta:
+    if "fxq" not in module.meta or "trainable" in module.plan.properties:  # training may be in another precision
         return
     names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
     for name, value in (dict(zip(names, args, strict=False)) | kwargs).items():

@@ -200,7 +200,7 @@ MATMUL = Op(
 _BATCH_NORM = "input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5"
 BATCH_NORM = Op(
     "batch_norm", F.batch_norm, _BATCH_NORM, spellings=tuple(
-        Spelling(module, derive={"training": lambda m: m.training or m.running_mean is None})
+        Spelling(module, derive={"training": lambda m: m.running_mean is None or m.training})
         for module in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     ),
 )  # fmt: skip
@@ -214,7 +214,7 @@ INSTANCE_NORM = Op(
     "instance_norm", F.instance_norm,
     "input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5",
     spellings=tuple(
-        Spelling(module, derive={"use_input_stats": lambda m: m.training or m.running_mean is None})
+        Spelling(module, derive={"use_input_stats": lambda m: m.running_mean is None or m.training})
         for module in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
     ),
 )  # fmt: skip

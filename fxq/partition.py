@@ -152,7 +152,7 @@ def prepare_partition(
     """Prepare the largest traceable submodules of a model.
 
     Args:
-        model: in eval mode; left as it is.
+        model: left as it is; what is prepared is its eval mode.
         inputs: example inputs of the whole model.
         reason: why the whole cannot be traced.
         prepare_region: prepares one submodule from its inputs and path; TraceError sends the search inside it.
@@ -161,7 +161,7 @@ def prepare_partition(
         TraceError: ``reason``, if no submodule with weights can be traced either.
         InputError: if the model fails on the example inputs.
     """
-    clone = copy_structure(model, {})
+    clone = copy_structure(model, {}).eval()
     seen, macs = _first_inputs(clone, inputs)
     left: dict[str, str] = {}
     _Search(clone, seen, left, prepare_region).inside(clone, "")

@@ -17,13 +17,18 @@ from fxq.passes.drop_islands import DropIslands
 from fxq.passes.expose_projections import ExposeProjections
 from fxq.passes.float_exits import FloatExits
 from fxq.passes.fold_batchnorm import FoldBatchNorm
+from fxq.passes.finish_training import TRAINABLE
 from fxq.passes.fold_constants import FoldConstants
+from fxq.passes.follow_mode import FollowMode
+from fxq.passes.insert_fake_quantize import InsertFakeQuantize
 from fxq.passes.insert_observers import InsertObservers
+from fxq.passes.qat_conv_bn import AttachBatchNorm, DetachBatchNorm, Records
 from fxq.passes.record_facts import RecordFacts
 from fxq.passes.rewrite_scalars import RewriteScalars
 from fxq.passes.share_qparams import ShareQParams
 from fxq.plan import Origin, QuantPlan, Stage
 from fxq.tracing import trace
+from fxq.training_table import training_table
 
 
 def prepare_passes(table: Backend, config: ResolvedConfig, inputs: Inputs) -> list[Pass]:
@@ -44,8 +49,34 @@ def prepare_passes(table: Backend, config: ResolvedConfig, inputs: Inputs) -> li
     ]
 
 
-def prepare_model(model: nn.Module, inputs: Inputs, table: Backend, config: ResolvedConfig) -> nn.Module:
+def prepare_training_passes(table: Backend, config: ResolvedConfig, inputs: Inputs, model: nn.Module) -> list[Pass]:
+    """The same for a model that will be trained: nothing that parameters enter is computed beforehand."""
+    table = training_table(table)
+    ops = table.dictionary
+    batch_norms: Records = {}
+    return [
+        FollowMode(model, ops),
+        DropIdentity(ops),
+        FoldConstants(ops, parameters=False),
+        RecordFacts(*inputs, ops),
+        DetachBatchNorm(batch_norms, ops),
+        RewriteScalars(ops),
+        Annotate(table, config, ops),
+        FloatExits(table),
+        DropIslands(table),
+        ShareQParams(table, ops),
+        InsertFakeQuantize(table),
+        AttachBatchNorm(batch_norms, ops),
+    ]
+
+
+def prepare_model(
+    model: nn.Module, inputs: Inputs, table: Backend, config: ResolvedConfig, *, training: bool = False
+) -> nn.Module:
     """Prepare a model as one region; where it cannot be traced as a whole, its largest traceable submodules.
+
+    Args:
+        training: for training with fake quantization instead of calibration.
 
     Raises:
         TraceError: if nothing of it can be traced.
@@ -55,7 +86,7 @@ def prepare_model(model: nn.Module, inputs: Inputs, table: Backend, config: Reso
 
     def region(module: nn.Module, its_inputs: Inputs, path: str) -> QuantModule:
         around = tuple(qualified_name(type(model.get_submodule(outer))) for outer in _ancestors(path))
-        prepared = _prepare_region(module, its_inputs, path, around, table, config, known)
+        prepared = _prepare_region(module, its_inputs, path, around, table, config, known, training)
         blocked = prepared.plan.blocked_macs() if path else {}
         if blocked:  # what is inside may be traceable piece by piece
             raise TraceError(f"it calls '{next(iter(blocked))}', which cannot be traced")
@@ -66,7 +97,16 @@ def prepare_model(model: nn.Module, inputs: Inputs, table: Backend, config: Reso
     except TraceError as reason:
         prepared = prepare_partition(model, inputs, reason, region)
     config.check_names(known)
+    if training:
+        _restore_modes(prepared, model)
     return prepared
+
+
+def _restore_modes(prepared: nn.Module, model: nn.Module) -> None:
+    """Give each module the mode of the module at its path in the model, or of the nearest around it."""
+    modes = {path: module.training for path, module in model.named_modules(remove_duplicate=False)}
+    for path, module in prepared.named_modules():
+        module.training = next(modes[outer] for outer in (*_ancestors(path), "") if outer in modes)
 
 
 def _prepare_region(
@@ -77,19 +117,24 @@ def _prepare_region(
     table: Backend,
     config: ResolvedConfig,
     known: list[tuple[Origin, str]],
+    training: bool,
 ) -> QuantModule:
-    module, untraceable = trace(model, *inputs)
+    module, untraceable = trace(model, *inputs, follow_mode=training)
     plan = QuantPlan(table.name, notes=list(table.notes), model=type(model).__name__, untraceable=untraceable)
     module.meta["fxq"] = plan
     module.meta[BACKEND] = table
-    ops = table.dictionary
+    ops = training_table(table).dictionary if training else table.dictionary
     Pipeline([Canonicalize(ops)])(module)
     if path:
         plan.origins = {name: _inside(path, around, origin) for name, origin in plan.origins.items()}
     for node in module.graph.nodes:
         op = ops.op_of(node)
         known.append((plan.origin(node.name), op.name if op else ""))
-    Pipeline(prepare_passes(table, config, inputs))(module)
+    if training:
+        Pipeline(prepare_training_passes(table, config, inputs, model))(module)
+        plan.properties.add(TRAINABLE)
+    else:
+        Pipeline(prepare_passes(table, config, inputs))(module)
     plan.stage = Stage.PREPARED
     return module
 

@@ -269,6 +269,15 @@ class HistogramStatistics(MinMaxStatistics):
         self.width = width
 
 
+def extremes(x: Tensor, ch_axis: int | None = None) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of a floating tensor, or of each of its channels: float32 ``[C]`` each.
+
+    Raises:
+        CalibrationError: if any value is not finite.
+    """
+    return _min_max(_channels_first(x.detach().to(torch.float32), ch_axis))
+
+
 def _channels_first(x: Tensor, ch_axis: int | None) -> Tensor:
     """``[C, N]`` view of ``x`` where possible; ``[1, N]`` in memory order if there are no channels."""
     if ch_axis is None:

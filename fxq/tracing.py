@@ -24,6 +24,7 @@ from torch import fx, nn
 from fxq.copying import copy_container, copy_structure, copy_tensor
 from fxq.errors import StageError, TraceError
 from fxq.graph_module import QuantModule, get_attribute, set_tensor
+from fxq.training_mode import mode_flags
 
 
 class _Proxy(fx.Proxy):
@@ -143,12 +144,16 @@ def _is_machinery(filename: str) -> bool:
     return filename.startswith((_TORCH_FOLDER, "<")) or filename == __file__
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[QuantModule, dict[str, str]]:
+def trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, follow_mode: bool = False
+) -> tuple[QuantModule, dict[str, str]]:
     """Trace ``model`` in eval mode.
 
     Args:
         model: left as it is; the result has parameters of its own.
         args, kwargs: example inputs; parameters of ``forward`` they do not give are fixed at their defaults.
+        follow_mode: the model may be in training mode, and every ``training`` argument in the graph is a
+            :class:`~fxq.training_mode.ModeFlag`.
 
     Returns:
         The traced module and, for each float leaf that could not be traced, its path and the reason.
@@ -157,9 +162,10 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         StageError: if a module is in training mode.
         TraceError: if the model's own forward cannot be traced.
     """
-    require_eval(model)
+    if not follow_mode:
+        require_eval(model)
     tracer = Tracer()
-    with _ONE_AT_A_TIME, _left_as_it_is(model):
+    with _ONE_AT_A_TIME, _left_as_it_is(model), mode_flags(model) if follow_mode else contextlib.nullcontext():
         try:
             graph = tracer.trace(model, concrete_args=_absent_arguments(model, args, kwargs))
         except Exception as error:

@@ -27,7 +27,7 @@ from fxq.pass_base import Pass
 from fxq.plan import INPLACE, OWN_FORWARD, UNKNOWN_OP, UNTRACEABLE, Decision, Origin, QuantPlan, float_decision
 
 # Hooks of older torch versions that compute a weight before each forward; it is constant in eval mode.
-_WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 class Canonicalize(Pass):
@@ -235,7 +235,7 @@ def _compute_weights(module: QuantModule) -> None:
     for path in dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "call_module"):
         leaf = module.get_submodule(path)
         for key, hook in list(leaf._forward_pre_hooks.items()):
-            if isinstance(hook, _WEIGHT_HOOKS):
+            if isinstance(hook, WEIGHT_HOOKS):
                 hook(leaf, ())
                 del leaf._forward_pre_hooks[key]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx import Node
 
 from fxq.aliases import overwrites
@@ -22,18 +22,24 @@ _PURE_MODULES = ("torch", "torchvision", "_operator", "operator")
 
 
 class FoldConstants(Pass):
-    """Tensor nodes whose inputs are all constant become constants."""
+    """Tensor nodes whose inputs are all constant become constants.
+
+    Args:
+        parameters: whether parameters are constant.
+    """
 
     requires = frozenset({"canonical"})
 
-    def __init__(self, ops: Dictionary) -> None:
-        self.ops = ops
+    def __init__(self, ops: Dictionary, parameters: bool = True) -> None:
+        self.ops, self.parameters = ops, parameters
 
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
         values: dict[Node, Any] = {}
         for node in module.graph.nodes:
             if node.op == "get_attr":
-                values[node] = get_attribute(module, str(node.target))
+                value = get_attribute(module, str(node.target))
+                if self.parameters or not isinstance(value, nn.Parameter):
+                    values[node] = value
             elif self._is_pure(node) and all(source in values for source in node.all_input_nodes):
                 before = torch.get_rng_state()
                 value = _evaluate(node, values)

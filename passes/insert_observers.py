@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
+from typing import Any
 
 from torch.fx import Node
 
@@ -37,23 +38,37 @@ class InsertObservers(Pass):
         nodes = {node.name: node for node in module.graph.nodes}
         entries = entry_points(nodes, plan, sharing_ends(plan, self.backend))
         for group, points in entries.items():
-            if group not in plan.fixed:
+            if self.observes(group, plan):
                 self._observe(group, points, module, plan, nodes)
         return len(plan.observers)
+
+    def observes(self, group: int, plan: QuantPlan) -> bool:
+        """Whether a group needs an observer: not if a kernel dictates its qparams."""
+        return group not in plan.fixed
+
+    def observer(self, spec: QuantSpec, group: int, sources: list[Any], plan: QuantPlan) -> Observer:
+        """The observer of a group; ``sources`` are the constants it watches, none for activations."""
+        return self.make(spec)
+
+    def settle(self, observer: Observer, tensors: list[Any]) -> None:
+        """Observe constants now, and for good."""
+        for tensor in tensors:
+            observer(tensor)
+        observer.enabled = False
 
     def _observe(
         self, group: int, points: dict[str, list[Slot]], module: QuantModule, plan: QuantPlan, nodes: dict[str, Node]
     ) -> None:
         spec = plan.specs[next(iter(points.values()))[0]]
         path = free_path(module, f"{next(iter(points))}_observer")
-        observer = self.make(spec)
+        constant = all(nodes[name].op == "get_attr" for name in points)
+        sources = [get_attribute(module, str(nodes[name].target)) for name in points] if constant else []
+        observer = self.observer(spec, group, sources, plan)
         observer.where = " or ".join(plan.where(name) for name in points)
         module.add_submodule(path, observer)
         plan.observers[group] = path
-        if all(nodes[name].op == "get_attr" for name in points):
-            for name in points:
-                observer(get_attribute(module, str(nodes[name].target)))
-            observer.enabled = False
+        if sources:
+            self.settle(observer, sources)
         for producer_name, slots in points.items():
             producer = nodes[producer_name]
             with module.graph.inserting_after(producer):
