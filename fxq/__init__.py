@@ -18,6 +18,7 @@ from fxq.qat import (
     freeze_observers,
     prepare_qat,
 )
+from fxq.qat_schedule import QATSchedule
 from fxq.records import graph_records, observer_records
 from fxq.report import backend_table, backends, fusion_table, graph_table, observer_table, summary
 from fxq.sensitivity import sensitivity, sensitivity_records
@@ -27,6 +28,7 @@ from fxq.spec import QuantSpec
 __all__ = [
     "FxqError",
     "FxqWarning",
+    "QATSchedule",
     "QConfig",
     "QConfigMapping",
     "QuantSpec",

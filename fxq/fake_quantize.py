@@ -62,6 +62,7 @@ class FakeQuantize(Observer):
     scale: Tensor
     zero_point: Tensor
     seen: Tensor
+    step: Tensor
 
     def __init__(
         self, spec: QuantSpec, channels: int = 1, *, weight: bool = False, fixed: tuple[float, int] | None = None
@@ -216,7 +217,7 @@ def fake_quantizes(model: nn.Module) -> list[FakeQuantize]:
 
 @contextlib.contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """While open, a model prepared for training behaves like one prepared for calibration: eval mode, observers only."""
+    """While open, a model prepared for training behaves like one prepared for calibration: eval mode, no rounding."""
     modules = fake_quantizes(model)
     before: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()] if modules else []
     switches = [(module, module.quantizing) for module in modules]

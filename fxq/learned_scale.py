@@ -33,7 +33,8 @@ def scale_of_step(step: Tensor, spec: QuantSpec) -> Tensor:
     step = step.float()
     if not spec.pow2_scale:
         return step.abs().clamp(min=MIN_SCALE)
-    return torch.exp2(step + (torch.ceil(step) - step).detach())
+    raised: Tensor = torch.exp2(step + (torch.ceil(step) - step).detach())
+    return raised
 
 
 def fake_quantize_learned(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, *, frozen: bool) -> Tensor:
@@ -50,7 +51,8 @@ def fake_quantize_learned(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Qu
     if spec.ch_axis is not None:
         shape[spec.ch_axis] = -1
     bounds = (spec.quant_min, spec.quant_max)
-    return _LearnedScale.apply(x, scale.reshape(shape), zero_point.reshape(shape), bounds, factor)  # type: ignore
+    rounded: Tensor = _LearnedScale.apply(x, scale.reshape(shape), zero_point.reshape(shape), bounds, factor)
+    return rounded
 
 
 class _LearnedScale(torch.autograd.Function):
@@ -62,7 +64,7 @@ class _LearnedScale(torch.autograd.Function):
         return integers.sub_(zero_point).mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         x, scale, zero_point = ctx.saved_tensors
         u = x * (1.0 / scale)
         rounded = torch.round(u)

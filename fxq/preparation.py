@@ -15,9 +15,9 @@ from fxq.passes.canonicalize import Canonicalize
 from fxq.passes.drop_identity import DropIdentity
 from fxq.passes.drop_islands import DropIslands
 from fxq.passes.expose_projections import ExposeProjections
+from fxq.passes.finish_training import TRAINABLE
 from fxq.passes.float_exits import FloatExits
 from fxq.passes.fold_batchnorm import FoldBatchNorm
-from fxq.passes.finish_training import TRAINABLE
 from fxq.passes.fold_constants import FoldConstants
 from fxq.passes.follow_mode import FollowMode
 from fxq.passes.insert_fake_quantize import InsertFakeQuantize

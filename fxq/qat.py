@@ -78,8 +78,13 @@ def _learning(config: ResolvedConfig) -> ResolvedConfig:
             activation=qconfig.activation.replace(observer=LEARNED), weight=qconfig.weight.replace(observer=LEARNED)
         )
 
-    tables = ({key: learned(q) for key, q in table.items()} for table in (config.types, config.names, config.regexes))
-    return ResolvedConfig(learned(config.default), *tables, config.excluded)
+    return dataclasses.replace(
+        config,
+        default=learned(config.default),
+        types={key: learned(qconfig) for key, qconfig in config.types.items()},
+        names={key: learned(qconfig) for key, qconfig in config.names.items()},
+        regexes={key: learned(qconfig) for key, qconfig in config.regexes.items()},
+    )
 
 
 def _require_own_weights(model: nn.Module) -> None:

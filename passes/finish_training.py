@@ -18,6 +18,7 @@ from fxq.fake_quantize import fake_quantize
 from fxq.graph_module import QuantModule, free_path, get_attribute, set_tensor
 from fxq.pass_base import Pass
 from fxq.plan import QuantPlan
+from fxq.slots import argument
 from fxq.training_mode import Mode, weight_of_batch
 
 TRAINABLE = "trainable"  # property of the plan of a model that is prepared for training
@@ -60,7 +61,7 @@ class FinishTraining(Pass):
         plan.regions = [region for region in plan.regions if region.end not in gone]
         for table in (plan.specs, plan.groups):
             for slot in [slot for slot in table if slot.node in gone]:
-                del table[slot]  # type: ignore[attr-defined]
+                del table[slot]
         for node in nodes:
             if node.name in gone:
                 _bypass(node, plan)
@@ -70,11 +71,9 @@ def _fold_batch_norms(norms: list[Node], module: QuantModule, plan: QuantPlan) -
     folded: dict[int, str] = {}  # paths of folded weights, by the identity of the trained ones
     with torch.no_grad():
         for norm in norms:
-            layer, read = norm.args[0], norm.args[0].args[1]  # type: ignore[union-attr]
-            assert isinstance(layer, Node) and isinstance(read, Node) and isinstance(layer.args[2], Node)
-            rounded = read.args[0]
-            assert isinstance(rounded, Node) and isinstance(rounded.args[0], Node)
-            path = _fold_weight(rounded.args[0], module, folded)
+            layer = argument(norm, (0,))
+            rounded = argument(argument(layer, (1,)), (0,))  # behind what divides the factor out again
+            path = _fold_weight(argument(rounded, (0,)), module, folded)
             bias = _value(layer.args[2], module)
             bias_path = free_path(module, f"{path.rpartition('.')[0]}.folded_bias".removeprefix("."))
             set_tensor(module, bias_path, nn.Parameter(bias))
@@ -87,9 +86,7 @@ def _fold_batch_norms(norms: list[Node], module: QuantModule, plan: QuantPlan) -
 
 def _fold_weight(scaled: Node, module: QuantModule, folded: dict[int, str]) -> str:
     """Store what a trained weight is in eval mode; returns where."""
-    source = scaled.args[0]
-    assert isinstance(source, Node)
-    path = str(source.target)
+    path = str(argument(scaled, (0,)).target)
     weight = get_attribute(module, path)
     if id(weight) not in folded:
         value = nn.Parameter(_value(scaled, module))
@@ -122,6 +119,6 @@ def _fix(node: Node, value: bool | float) -> None:
 
 
 def _bypass(node: Node, plan: QuantPlan) -> None:
-    node.replace_all_uses_with(node.args[0])
+    node.replace_all_uses_with(argument(node, (0,)))
     plan.forget(node.name)
     node.graph.erase_node(node)

@@ -60,7 +60,7 @@ class FollowMode(Pass):
             mode._buffers.update(owner._buffers)
         if kind is NormMode:
             self._take_count(mode, path)
-        module.add_submodule(path, mode)
+        module.add_submodule(path, mode.eval())  # passes run the graph, which must not count as training
         return path
 
     def _take_count(self, mode: Mode, path: str) -> None:
@@ -98,13 +98,13 @@ def has_submodule(module: nn.Module, path: str) -> bool:
 
 def _flags(node: Node) -> list[ModeFlag]:
     found: list[ModeFlag] = []
-    fx.node.map_aggregate(  # type: ignore[attr-defined]
+    fx.node.map_aggregate(
         (node.args, node.kwargs), lambda value: found.append(value) if isinstance(value, ModeFlag) else None
     )
     return found
 
 
 def _replaced(arguments: fx.node.Argument, mode: Node) -> fx.node.Argument:
-    return fx.node.map_aggregate(  # type: ignore[attr-defined]
+    return fx.node.map_aggregate(
         arguments, lambda value: mode if isinstance(value, ModeFlag) else value
     )

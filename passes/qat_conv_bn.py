@@ -84,7 +84,9 @@ class DetachBatchNorm(Pass):
     def _weight(self, layer: Node, module: QuantModule) -> Any:
         op = self.ops.op_of(layer)
         weight = op.get(layer, str(op.weight)) if op is not None else None
-        return get_attribute(module, weight.target) if isinstance(weight, Node) and weight.op == "get_attr" else None
+        if not isinstance(weight, Node) or weight.op != "get_attr":
+            return None
+        return get_attribute(module, str(weight.target))
 
 
 def _record(node: Node) -> Detached:
