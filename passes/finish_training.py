@@ -75,7 +75,7 @@ def _fold_batch_norms(norms: list[Node], module: QuantModule, plan: QuantPlan) -
             rounded = argument(argument(layer, (1,)), (0,))  # behind what divides the factor out again
             path = _fold_weight(argument(rounded, (0,)), module, folded)
             bias = _value(layer.args[2], module)
-            bias_path = free_path(module, f"{path.rpartition('.')[0]}.folded_bias".removeprefix("."))
+            bias_path = free_path(module, f"{path.rpartition('.')[0]}.bias".removeprefix("."))
             set_tensor(module, bias_path, nn.Parameter(bias))
             with layer.graph.inserting_before(rounded):
                 rounded.args = (layer.graph.get_attr(path),)

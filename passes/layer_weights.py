@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from fxq.conv_bn import scale_channels
 from fxq.graph_module import QuantModule, free_path, get_attribute, set_tensor
 from fxq.ops import CONV_TRANSPOSES, LINEAR, Op
 from fxq.plan import QuantPlan
@@ -41,12 +42,8 @@ def axis_one_is_channels(layer: Node, weight: torch.Tensor, plan: QuantPlan) -> 
 
 def scale_outputs(weight: torch.Tensor, scale: torch.Tensor, op: Op, layer: Node) -> torch.Tensor:
     """A layer's weight with each output channel multiplied by its entry of ``scale``, ``[out]``."""
-    if op not in CONV_TRANSPOSES:
-        return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-    # A transposed conv's weight is [in, out / groups, ...], and output channels are numbered group by group.
-    groups = op.get(layer, "groups")
-    by_group = scale.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
-    return (weight.reshape(groups, -1, *weight.shape[1:]) * by_group).reshape(weight.shape)
+    groups = 1 if op is LINEAR else op.get(layer, "groups")
+    return scale_channels(weight, scale, op in CONV_TRANSPOSES, groups)
 
 
 def scale_inputs(weight: torch.Tensor, scale: torch.Tensor, op: Op, layer: Node) -> torch.Tensor:
