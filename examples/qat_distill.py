@@ -1,8 +1,10 @@
 """Repair a model that post-training quantization breaks, by training without labels: the float model is the teacher.
 
 An ImageNet MobileNetV2 whose channels differ in range by a factor of 700 is quantized with one scale a weight, from
-the smallest to the largest value. Most small channels are rounded to zero. Fake quantization with the float model's
-logits as targets moves them back onto the grid.
+the smallest to the largest value. Most channels are left with two or three integers, and from there training finds no
+way. So channels are first equalized: those whose activations are small are made larger, as far as relu6 lets them, and
+the weights that read them smaller, which leaves the float model as it is. Then the model trains with fake quantization
+to give the float model's logits.
 
 DATA has mobilenet_v2_imagenet.pt (a state dict; input x / 127.5 - 1, rotated by 180 degrees) and
 imagenet500/NNNN.jpg (shorter side 256; the file name is the class). Every fifth image tests, the others train.
@@ -11,6 +13,8 @@ imagenet500/NNNN.jpg (shorter side 256; the file name is the class). Every fifth
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +37,9 @@ PER_TENSOR = fxq.QConfig(
     ),
     weight=fxq.QuantSpec(dtype=torch.int8, quant_min=-127, quant_max=127, symmetric=True, observer="minmax"),
 )
+
+
+_CONV_NORM_RELU6 = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU6]
 
 
 @dataclass
@@ -67,10 +74,44 @@ def accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float:
     return 100 * (outputs.argmax(1) == labels).float().mean().item()
 
 
+@torch.no_grad()
+def equalize(model: nn.Module, images: torch.Tensor) -> None:
+    """Bring the channels between two layers to similar ranges (Nagel et al., arXiv:1906.04721, section 4.1).
+
+    The factor that evens out both layers' weights is limited so that it lets no activation reach the 6 of relu6.
+    """
+    blocks = [block for block in model.modules() if [*map(type, block.children())] == _CONV_NORM_RELU6]
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    reader_of = dict(itertools.pairwise(convs))  # nothing else reads what is behind a relu6
+    largest: dict[nn.Module, torch.Tensor] = {}
+
+    def keep(norm: nn.Module, inputs: object, out: torch.Tensor) -> None:
+        reach = out.amax((0, 2, 3))
+        largest[norm] = torch.maximum(largest.get(norm, reach), reach)
+
+    handles = [block[1].register_forward_hook(keep) for block in blocks]
+    logits(model, images)
+    for handle in handles:
+        handle.remove()
+    for _ in range(3):
+        for producer, norm, _ in blocks:
+            reader = reader_of.get(producer)
+            if reader is None:
+                continue
+            before = (producer.weight * norm.weight[:, None, None, None]).abs().amax((1, 2, 3))
+            after = reader.weight.abs().amax((1, 2, 3) if reader.groups > 1 else (0, 2, 3))
+            reach = largest[norm]
+            factor = (after / before.clamp(min=1e-8)).sqrt().minimum((5.7 / reach.clamp(min=1e-3)).clamp(min=1))
+            factor = torch.where((reach >= 6) | (reach <= 0), torch.ones_like(factor), factor.clamp(min=1e-3))
+            for tensor in (norm.weight, norm.bias, reach):
+                tensor.mul_(factor)
+            reader.weight.div_(factor.reshape(-1, 1, 1, 1) if reader.groups > 1 else factor.reshape(1, -1, 1, 1))
+
+
 def parameter_groups(prepared: nn.Module, rate: float) -> list[dict[str, object]]:
-    """A learning rate for each parameter in proportion to its typical value: Adam's steps do not know how large."""
+    """A learning rate for each tensor in proportion to its values: Adam's steps are of one size for all."""
     return [
-        {"params": [parameter], "lr": rate * parameter.detach().abs().max().item() + 1e-6}
+        {"params": [parameter], "lr": rate * parameter.detach().abs().mean().item()}
         for parameter in prepared.parameters()
     ]
 
@@ -106,9 +147,9 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the model and the images")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1e-3, help="Adam's, as a share of a tensor's largest value")
+    parser.add_argument("--rate", type=float, default=1e-3, help="Adam's, relative to a tensor's mean absolute value")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -116,17 +157,29 @@ def main() -> None:
     training, test = load_images(args.data)
     targets, expected = logits(model, training.images), logits(model, test.images)
 
-    prepared = fxq.prepare_qat(model, training.images[:1], qconfig=PER_TENSOR)
-    fxq.freeze_batchnorm(prepared)  # this model's BatchNorms are folded: their statistics are no statistics
-    fxq.calibrate(prepared, training.images[:100].split(25))
-    ptq = logits(fxq.convert(prepared), test.images)
+    results = {"float": expected, "int8": post_training(model, training, test)}
+    student = copy.deepcopy(model)
+    equalize(student, training.images)
+    results["int8, equalized"] = post_training(student, training, test)
+
+    prepared = prepare(student, training)
     train(prepared, training.images, targets, test, args)
-    qat = logits(fxq.convert(prepared), test.images)
-    rows = [
-        (name, accuracy(outputs, test.labels), sqnr(expected, outputs))
-        for name, outputs in (("float", expected), ("int8, post-training", ptq), ("int8, trained", qat))
-    ]
+    results["int8, equalized and trained"] = logits(fxq.convert(prepared), test.images)
+    rows = [(name, accuracy(out, test.labels), sqnr(expected, out)) for name, out in results.items()]
     print(tabulate(rows, headers=("", "top-1 %", "dB to float"), floatfmt=".1f"))
+
+
+def prepare(model: nn.Module, training: Images) -> nn.Module:
+    """Ready to train, and calibrated, which already is post-training quantization."""
+    prepared = fxq.prepare_qat(model, training.images[:1], qconfig=PER_TENSOR)
+    fxq.freeze_batchnorm(prepared)  # this model's are folded: their statistics are no statistics
+    fxq.calibrate(prepared, training.images[:100].split(25))
+    return prepared
+
+
+def post_training(model: nn.Module, training: Images, test: Images) -> torch.Tensor:
+    """Logits of the int8 model without training."""
+    return logits(fxq.convert(prepare(model, training)), test.images)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from fxq.errors import FxqWarning
-from fxq.graph_module import Tensors
 
 
 class ModeFlag(int):
@@ -51,7 +50,7 @@ class ModeFlag(int):
         return self
 
 
-class Mode(Tensors):
+class Mode(nn.Module):
     """Takes the place of a module that behaved by its mode, with that module's tensors; called, it tells the mode.
 
     Attributes:

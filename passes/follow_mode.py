@@ -13,7 +13,7 @@ from fxq.errors import ConfigError
 from fxq.graph_module import QuantModule, free_path
 from fxq.ops import BATCH_NORM, Dictionary
 from fxq.pass_base import Pass
-from fxq.plan import Decision, QuantPlan, Status
+from fxq.plan import QuantPlan
 from fxq.training_mode import Mode, ModeFlag, NormMode, weight_of_batch
 
 
@@ -39,10 +39,9 @@ class FollowMode(Pass):
             path = self._mode_path(flags[0].path, NormMode if is_norm else Mode, module)
             with module.graph.inserting_before(node):
                 mode = module.graph.create_node("call_module", path, name=f"{node.name}_mode")
-            plan.decisions[mode.name] = Decision(Status.SHAPE_ONLY)
             node.args, node.kwargs = _replaced(node.args, mode), _replaced(node.kwargs, mode)
             if is_norm and getattr(self.model.get_submodule(flags[0].path), "momentum", 0.1) is None:
-                self._average_all_batches(node, path, module, plan)
+                self._average_all_batches(node, path, module)
             changed += 1
         return changed
 
@@ -75,14 +74,13 @@ class FollowMode(Pass):
             mode.register_buffer("num_batches_tracked", counter.detach().clone())
 
     @staticmethod
-    def _average_all_batches(node: Node, path: str, module: QuantModule, plan: QuantPlan) -> None:
+    def _average_all_batches(node: Node, path: str, module: QuantModule) -> None:
         """Without a momentum all batches weigh the same in the running statistics."""
         with module.graph.inserting_before(node):
             counter = module.graph.get_attr(f"{path}.num_batches_tracked")
             momentum = module.graph.create_node(
                 "call_function", weight_of_batch, (counter,), name=f"{node.name}_momentum"
             )
-        plan.decisions[momentum.name] = Decision(Status.SHAPE_ONLY)
         args = list(node.args)
         args[BATCH_NORM.index("momentum")] = momentum
         node.args = tuple(args)

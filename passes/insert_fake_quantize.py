@@ -31,7 +31,8 @@ class InsertFakeQuantize(InsertObservers):
         for region in plan.regions:
             row = self.backend.row(region.row)
             slot = Slot(region.end)
-            if row.out is Out.SHARE and (row.averages or row.op is CLAMP) and slot in plan.groups:
+            new_values = row.averages or row.mixed_inputs or row.op is CLAMP
+            if row.out is Out.SHARE and new_values and slot in plan.groups:
                 self._round_again(slot, module, plan)
         return inserted
 

@@ -1,4 +1,4 @@
-"""Fake quantization: torch's numbers and gradients, ranges that follow training only, state that copies like a norm's."""
+"""Fake quantization: torch's numbers and gradients, ranges that follow training only, state in float tensors."""
 
 from __future__ import annotations
 

@@ -222,7 +222,9 @@ def _kind(where: str) -> str:
     for name in ("conv_weight", "fc_weight"):
         if name in where:
             return name.replace("_", ".")
-    return next((key for key in ("fc", "flatten") if key in where), "input" if "'x'" in where or where == "x" else "conv")
+    if "'x'" in where or where == "x":
+        return "input"
+    return next((key for key in ("fc", "flatten") if key in where), "conv")
 
 
 def test_the_factor_divides_by_no_zero():
