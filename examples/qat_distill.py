@@ -79,6 +79,7 @@ def equalize(model: nn.Module, images: torch.Tensor) -> None:
     """Bring the channels between two layers to similar ranges (Nagel et al., arXiv:1906.04721, section 4.1).
 
     The factor that evens out both layers' weights is limited so that it lets no activation reach the 6 of relu6.
+    Channels that are zero on all images only widen ranges, and are removed.
     """
     blocks = [block for block in model.modules() if [*map(type, block.children())] == _CONV_NORM_RELU6]
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
@@ -105,7 +106,9 @@ def equalize(model: nn.Module, images: torch.Tensor) -> None:
             factor = torch.where((reach >= 6) | (reach <= 0), torch.ones_like(factor), factor.clamp(min=1e-3))
             for tensor in (norm.weight, norm.bias, reach):
                 tensor.mul_(factor)
+            factor[reach <= 0] = torch.inf
             reader.weight.div_(factor.reshape(-1, 1, 1, 1) if reader.groups > 1 else factor.reshape(1, -1, 1, 1))
+            norm.weight[reach <= 0] = 0
 
 
 def parameter_groups(prepared: nn.Module, rate: float) -> list[dict[str, object]]:
@@ -159,6 +162,7 @@ def main() -> None:
 
     results = {"float": expected, "int8": post_training(model, training, test)}
     student = copy.deepcopy(model)
+    student.classifier[0] = nn.Identity()  # the teacher's targets were made without dropout
     equalize(student, training.images)
     results["int8, equalized"] = post_training(student, training, test)
 
