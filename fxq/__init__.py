@@ -1,11 +1,13 @@
 """fxq: FX graph-mode int8 quantization of PyTorch models on CPU."""
 
 from fxq.api import convert, convert_to_reference, lower, prepare, quantize
+from fxq.bias_correction import correct_bias
 from fxq.calibration import calibrate
 from fxq.comparison import compare, compare_records
 from fxq.config import QConfig, QConfigMapping
 from fxq.errors import FxqError, FxqWarning
 from fxq.freezing import freeze
+from fxq.learned_rounding import learn_rounding
 from fxq.networkx_export import to_networkx, write_graph
 from fxq.onnx_export import to_onnx
 from fxq.qat import (
@@ -39,6 +41,7 @@ __all__ = [
     "compare_records",
     "convert",
     "convert_to_reference",
+    "correct_bias",
     "disable_fake_quant",
     "disable_observers",
     "enable_fake_quant",
@@ -50,6 +53,7 @@ __all__ = [
     "fusion_table",
     "graph_records",
     "graph_table",
+    "learn_rounding",
     "load",
     "load_reference",
     "lower",

@@ -10,15 +10,17 @@ from typing import Any
 from torch import nn
 
 from fxq.backends import get_backend
+from fxq.bias_correction import correct_bias
 from fxq.calibration import ForwardFn, calibrate, example_inputs_of, iterate
 from fxq.config import QConfig, QConfigMapping
 from fxq.engine import require_engine
 from fxq.errors import CalibrationError, FxqWarning, StageError
 from fxq.graph_module import BACKEND, QuantModule, copy_module
+from fxq.learned_rounding import learn_rounding
 from fxq.measures import Metric
-from fxq.mixed_precision import Budget, KeepFirst, within_budget
+from fxq.mixed_precision import TARGET_SAMPLES, Budget, KeepFirst, within_budget
 from fxq.op_table import Backend
-from fxq.partition import map_regions, partition_of, regions_of
+from fxq.partition import Inputs, map_regions, partition_of, regions_of
 from fxq.pass_base import Pipeline
 from fxq.passes.absorb_clamp import AbsorbClamp
 from fxq.passes.finish_training import TRAINABLE, FinishTraining
@@ -28,6 +30,8 @@ from fxq.passes.simplify_qdq import SimplifyQDQ
 from fxq.passes.to_reference import ToReference
 from fxq.plan import NEVER_OBSERVED, Stage
 from fxq.preparation import prepare_model
+from fxq.presets import Preset, get_preset
+from fxq.refinement import SAMPLES
 from fxq.tracing import require_eval
 from fxq.training_table import training_rows
 
@@ -43,6 +47,8 @@ def quantize(
     exclude: Exclusions = (),
     example_inputs: Any = None,
     num_batches: int | None = None,
+    calibration: str = "default",
+    pow2_scales: bool = False,
     forward_fn: ForwardFn | None = None,
     metric: Metric | None = None,
     max_drop: float | None = None,
@@ -60,6 +66,9 @@ def quantize(
         exclude: what stays float: module paths (with what is inside, ``*`` allowed), module classes or op names.
         example_inputs: a tensor, tuple or dict of inputs; by default the first calibration batch.
         num_batches: calibrate with this many batches; all by default.
+        calibration: how ranges are chosen and which errors are corrected: ``"simple"``, ``"default"``,
+            ``"advanced"`` or ``"max"`` (:data:`fxq.presets.PRESETS`, docs/accuracy.md).
+        pow2_scales: every scale is a power of two, for devices that requantize with shifts.
         forward_fn: ``forward_fn(model, batch)``, where a batch does not tell how the model is called; needs
             ``example_inputs``.
         metric: ``metric(model)`` is a number, higher is better, such as the accuracy in percent on data of its own.
@@ -83,24 +92,37 @@ def quantize(
         >>> print(fxq.summary(qmodel))                                                # doctest: +SKIP
     """
     budget = Budget.parse(metric, max_drop, target)
+    preset = get_preset(calibration)
     if example_inputs is None:
         batches = iterate(calibration_data)
         first = next(batches, None)
         if first is None:
             raise CalibrationError("the calibration data is empty: give at least one batch")
-        args, kwargs = example_inputs_of(model, first, forward_fn)
+        inputs: Inputs = example_inputs_of(model, first, forward_fn)
         calibration_data = _Chained(first, batches, calibration_data)
-        prepared = _prepare(model, args, kwargs, backend, qconfig, exclude)
     else:
-        prepared = prepare(model, example_inputs, backend=backend, qconfig=qconfig, exclude=exclude)
-    data = calibration_data if budget is None else KeepFirst(calibration_data)
+        inputs = as_inputs(example_inputs)
+    prepared = _prepare(model, inputs, backend, qconfig, exclude, preset, pow2_scales)
+    data = KeepFirst(calibration_data, SAMPLES if preset.refines else TARGET_SAMPLES)
     calibrate(prepared, data, num_batches=num_batches, forward_fn=forward_fn, progress=progress)
-    if isinstance(data, KeepFirst) and budget is not None:
+    if budget is not None:
         prepared = within_budget(
             model, prepared, data.first, budget,
             convert=convert_to_reference, lower=convert, forward_fn=forward_fn, progress=progress,
         )  # fmt: skip
-    return _convert(prepared)
+    reference = _to_reference(prepared, stacklevel=4)
+    if preset.refines:
+        options = {"samples": SAMPLES, "forward_fn": forward_fn, "progress": progress}
+        reference = _refined(reference, prepared, data.first, preset, options)
+    return _lowered(reference)
+
+
+def _refined(
+    reference: nn.Module, prepared: nn.Module, data: Iterable[Any], preset: Preset, options: Mapping[str, Any]
+) -> nn.Module:
+    """What a preset does after conversion; learning roundings corrects biases on the way."""
+    refine = learn_rounding if preset.learn_rounding else correct_bias
+    return refine(reference, prepared, data, **options)
 
 
 class _Chained:
@@ -123,14 +145,18 @@ def prepare(
     backend: str | Backend = "x86",
     qconfig: QConfig | QConfigMapping | str = "per_channel",
     exclude: Exclusions = (),
+    calibration: str = "default",
+    pow2_scales: bool = False,
 ) -> nn.Module:
     """Trace, fold, fuse, and put observers on the edges; the result is called like the model to calibrate it.
 
     Args:
         model: in eval mode; left as it is.
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; only their shapes and
-            dtypes matter.
-        backend, qconfig, exclude: as for :func:`quantize`.
+            dtypes matter, except where layers are equalized: then they must be real inputs, some dozens.
+        backend, qconfig, exclude, pow2_scales: as for :func:`quantize`.
+        calibration: a preset's observers and, where weights have one scale a tensor, its equalization. Its
+            corrections come after conversion: :func:`fxq.correct_bias`, :func:`fxq.learn_rounding`.
 
     Raises:
         FxqError: one of its kinds, naming what is wrong and the remedy.
@@ -140,11 +166,11 @@ def prepare(
         >>> for images, _ in loader: prepared(images)                                 # doctest: +SKIP
         >>> qmodel = fxq.convert(prepared)                                            # doctest: +SKIP
     """
-    args, kwargs = as_inputs(example_inputs)
-    return _prepare(model, args, kwargs, backend, qconfig, exclude)
+    preset = get_preset(calibration)
+    return _prepare(model, as_inputs(example_inputs), backend, qconfig, exclude, preset, pow2_scales)
 
 
-def as_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+def as_inputs(example_inputs: Any) -> Inputs:
     """``(args, kwargs)`` of example inputs as :func:`prepare` takes them."""
     if isinstance(example_inputs, Mapping):
         return (), example_inputs
@@ -155,18 +181,20 @@ def as_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
 
 def _prepare(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    inputs: Inputs,
     backend: str | Backend,
     qconfig: QConfig | QConfigMapping | str,
     exclude: Exclusions,
+    preset: Preset,
+    pow2_scales: bool,
 ) -> nn.Module:
     require_float(model)
     require_eval(model)
     table = get_backend(backend) if isinstance(backend, str) else backend
     require_engine(table.engine)
     mapping = qconfig if isinstance(qconfig, QConfigMapping) else QConfigMapping().set_global(qconfig)
-    return prepare_model(model, (args, kwargs), table, mapping.resolved(table, exclude))
+    config = mapping.resolved(table, exclude, preset.qconfig, pow2_scales)
+    return prepare_model(model, inputs, table, config, equalize=preset.equalize)
 
 
 def require_float(model: nn.Module) -> None:
@@ -247,7 +275,10 @@ def convert(prepared: nn.Module) -> nn.Module:
 
 
 def _convert(prepared: nn.Module) -> nn.Module:
-    reference = _to_reference(prepared, stacklevel=5)
+    return _lowered(_to_reference(prepared, stacklevel=5))
+
+
+def _lowered(reference: nn.Module) -> nn.Module:
     return map_regions(reference, lambda region: lower_graph(region, region.meta[BACKEND]))
 
 

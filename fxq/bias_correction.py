@@ -22,9 +22,7 @@ from fxq.lockstep import Step, lockstep
 from fxq.ops import CLAMP, CONV_TRANSPOSES, LINEAR, RELU
 from fxq.partition import Inputs
 from fxq.passes.layer_weights import scale_inputs
-from fxq.refinement import QuantLayer, quant_layers, refine
-
-SAMPLES = 64
+from fxq.refinement import SAMPLES, QuantLayer, quant_layers, refine
 
 
 def correct_bias(
@@ -106,7 +104,7 @@ def correct_layer(layer: QuantLayer, step: Step, reference: QuantModule) -> None
 def _sample_means(error: torch.Tensor, layer: QuantLayer) -> torch.Tensor:
     """Means over places, float64 ``[N, channels]``."""
     if layer.op is not LINEAR:
-        batched = error if error.dim() == layer.weight_dims else error[None]
+        batched = error if error.dim() == len(layer.shape) else error[None]
         return batched.double().flatten(2).mean(2)
     if error.dim() == 1:
         return error.double()[None]
@@ -120,7 +118,7 @@ def shrunken_mean(errors: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(errors[0])
     mean = errors.mean(0)
     scatter = errors.var(0).sum() / count
-    return mean * (1 - scatter / mean.square().sum().clamp(min=1e-300)).clamp(min=0)
+    return mean * (1 - scatter / mean.square().sum().clamp(min=torch.finfo(mean.dtype).tiny)).clamp(min=0)
 
 
 def give_own_bias(layer: QuantLayer, reference: QuantModule) -> None:
@@ -129,7 +127,9 @@ def give_own_bias(layer: QuantLayer, reference: QuantModule) -> None:
     present = layer.node.args[position]
     if isinstance(present, Node) and str(present.target) == layer.bias_path:
         return
-    value = torch.zeros(layer.channels) if present is None else get_attribute(reference, str(present.target))
+    value = torch.zeros(layer.channels)
+    if isinstance(present, Node):
+        value = get_attribute(reference, str(present.target))
     set_tensor(reference, layer.bias_path, nn.Parameter(value.detach().clone(), requires_grad=False))
     with reference.graph.inserting_before(layer.node):
         layer.node.update_arg(position, reference.graph.get_attr(layer.bias_path))
@@ -161,19 +161,26 @@ def _input_mean(twin: Node, prepared: QuantModule, layer: QuantLayer) -> torch.T
     low, high = float("-inf"), float("inf")
     node = twin.args[0]
     while isinstance(node, Node) and node.name not in plan.statistics:
-        if node.target is RELU.target:
-            low, high = max(low, 0.0), max(high, 0.0)
-        elif node.target is CLAMP.target and not any(isinstance(bound, Node) for bound in node.args[1:]):
-            below, above = node.args[1:]
-            low, high = (max(low, below), max(high, below)) if below is not None else (low, high)  # type: ignore
-            low, high = (min(low, above), min(high, above)) if above is not None else (low, high)  # type: ignore
-        elif node.name not in observers:
+        bounds = _bounds(node) if node.name not in observers else (None, None)
+        if bounds is None:
             return None
-        node = node.args[0] if node.args else None
+        # this op comes before those seen so far: its bounds are clamped by theirs
+        low, high = (max(low, min(high, default if bound is None else bound))
+                     for bound, default in zip(bounds, (low, high), strict=True))  # fmt: skip
+        node = node.args[0]
     if not isinstance(node, Node):
         return None
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in plan.statistics[node.name])
     return clipped_normal_mean(mean, std, low, high)
+
+
+def _bounds(node: Node) -> tuple[float | None, float | None] | None:
+    """The bounds of a relu or of a clamp between numbers; ``None`` for any other node."""
+    if node.target is RELU.target:
+        return 0.0, None
+    if node.target is CLAMP.target and not any(isinstance(bound, Node) for bound in node.args[1:]):
+        return node.args[1], node.args[2]  # type: ignore[return-value]
+    return None
 
 
 def clipped_normal_mean(mean: torch.Tensor, std: torch.Tensor, low: float, high: float) -> torch.Tensor:

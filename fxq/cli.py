@@ -14,6 +14,7 @@ import fxq
 from fxq.errors import ConfigError, FxqError, FxqWarning
 from fxq.image_folder import ImageFolder
 from fxq.models import load_model, preprocessing
+from fxq.presets import PRESETS
 
 _DESCRIPTION = "Quantize PyTorch models to int8 for CPUs, and look at the result."
 _EPILOG = """\
@@ -122,6 +123,13 @@ def _add_quantize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         help="per_channel: the backend's recommended one; per_tensor: min-max, the classic one (default: per_channel)",
     )
     parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default="default",
+        help="how ranges are chosen and errors corrected, from fast to accurate; docs/accuracy.md (default: default)",
+    )
+    parser.add_argument("--pow2-scales", action="store_true", help="scales are powers of two, for shift-only devices")
+    parser.add_argument(
         "--exclude", metavar="NAME", nargs="+", action="extend", default=[], help="modules to keep in float"
     )
     parser.add_argument("--size", metavar="N", type=_positive, help="height and width (default: the weights' or 224)")
@@ -169,14 +177,19 @@ def _quantize(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         max_images=args.num_batches and args.num_batches * args.batch_size,
     )
-    prepared = fxq.prepare(
-        model, (next(iter(images)),), backend=args.backend, qconfig=args.qconfig, exclude=tuple(args.exclude)
+    qmodel = fxq.quantize(
+        model,
+        images,
+        backend=args.backend,
+        qconfig=args.qconfig,
+        exclude=tuple(args.exclude),
+        calibration=args.preset,
+        pow2_scales=args.pow2_scales,
+        progress=False if args.quiet else None,
     )
-    fxq.calibrate(prepared, images, progress=False if args.quiet else None)
-    reference = fxq.convert_to_reference(prepared)
-    fxq.save(reference, args.out)
+    fxq.save(qmodel, args.out)
     if not args.quiet:
-        print(fxq.summary(fxq.lower(reference, args.backend)))
+        print(fxq.summary(qmodel))
         print(f"\nsaved {args.out} ({args.out.stat().st_size / 1e6:.1f} MB); `fxq inspect {args.out}` shows more")
 
 

@@ -42,6 +42,12 @@ class QConfig:
         if self.weight.dtype is not torch.int8:
             raise ConfigError("QConfig: the int8 kernels take int8 weights; set weight.dtype=torch.int8")
 
+    def with_pow2_scales(self) -> QConfig:
+        """The same with scales that are powers of two, for activations and weights."""
+        return QConfig(
+            activation=self.activation.replace(pow2_scale=True), weight=self.weight.replace(pow2_scale=True)
+        )
+
 
 def named_qconfig(name: str, backend: Backend) -> QConfig:
     """The QConfig of a name, for a backend.
@@ -114,18 +120,25 @@ class QConfigMapping:
         return self
 
     def resolved(
-        self, backend: Backend, exclude: Iterable[str | type] | str | type = ()
+        self,
+        backend: Backend,
+        exclude: Iterable[str | type] | str | type = (),
+        named: Callable[[str, Backend], QConfig] = named_qconfig,
+        pow2_scales: bool = False,
     ) -> ResolvedConfig:
-        """The mapping with names replaced by the backend's QConfigs and exclusions on top."""
+        """The mapping with names replaced by QConfigs, which ``named`` knows, and exclusions on top.
+
+        ``pow2_scales`` makes every scale a power of two.
+        """
         entries = [exclude] if isinstance(exclude, str) or callable(exclude) else exclude
 
         def concrete(qconfig: QConfig | str | None) -> QConfig | None:
-            found = named_qconfig(qconfig, backend) if isinstance(qconfig, str) else qconfig
+            found = named(qconfig, backend) if isinstance(qconfig, str) else qconfig
             if found is not None and not isinstance(found, QConfig):
                 raise ConfigError(
                     f"{found!r} is not a qconfig; give a QConfig, a name ({', '.join(QCONFIG_NAMES)}) or None"
                 )
-            return found
+            return found.with_pow2_scales() if found is not None and pow2_scales else found
 
         return ResolvedConfig(
             concrete(self._global),

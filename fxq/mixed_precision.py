@@ -82,16 +82,16 @@ def _decibels(target: str) -> float:
 
 
 class KeepFirst:
-    """Data that remembers its first batches while it is read, up to :data:`TARGET_SAMPLES` samples."""
+    """Data that remembers its first batches while it is read, up to a number of samples."""
 
-    def __init__(self, data: Iterable[Any]) -> None:
-        self.data = data
+    def __init__(self, data: Iterable[Any], samples: int = TARGET_SAMPLES) -> None:
+        self.data, self.samples = data, samples
         self.first: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:
         seen = 0
         for batch in self.data:
-            if seen < TARGET_SAMPLES:
+            if seen < self.samples:
                 self.first.append(batch)
                 seen += samples_in(batch)
             yield batch

@@ -14,6 +14,7 @@ from fxq.passes.annotate import Annotate
 from fxq.passes.canonicalize import Canonicalize
 from fxq.passes.drop_identity import DropIdentity
 from fxq.passes.drop_islands import DropIslands
+from fxq.passes.equalize import Equalize
 from fxq.passes.expose_projections import ExposeProjections
 from fxq.passes.finish_training import TRAINABLE
 from fxq.passes.float_exits import FloatExits
@@ -31,15 +32,16 @@ from fxq.tracing import trace
 from fxq.training_table import training_table
 
 
-def prepare_passes(table: Backend, config: ResolvedConfig, inputs: Inputs) -> list[Pass]:
-    """What happens between the canonical graph and the prepared one, in order."""
+def prepare_passes(table: Backend, config: ResolvedConfig, inputs: Inputs, equalize: bool = False) -> list[Pass]:
+    """What happens between the canonical graph and the prepared one, in order; :class:`Equalize` only if asked for."""
     ops = table.dictionary
-    return [
+    steps = [
         ExposeProjections(config),
         DropIdentity(ops),
         FoldConstants(ops),
         RecordFacts(*inputs, ops),
         FoldBatchNorm(ops),
+        Equalize(config, inputs, ops),
         RewriteScalars(ops),
         Annotate(table, config, ops),
         FloatExits(table),
@@ -47,6 +49,7 @@ def prepare_passes(table: Backend, config: ResolvedConfig, inputs: Inputs) -> li
         ShareQParams(table, ops),
         InsertObservers(table),
     ]
+    return [step for step in steps if equalize or not isinstance(step, Equalize)]
 
 
 def prepare_training_passes(table: Backend, config: ResolvedConfig, inputs: Inputs, model: nn.Module) -> list[Pass]:
@@ -71,12 +74,19 @@ def prepare_training_passes(table: Backend, config: ResolvedConfig, inputs: Inpu
 
 
 def prepare_model(
-    model: nn.Module, inputs: Inputs, table: Backend, config: ResolvedConfig, *, training: bool = False
+    model: nn.Module,
+    inputs: Inputs,
+    table: Backend,
+    config: ResolvedConfig,
+    *,
+    training: bool = False,
+    equalize: bool = False,
 ) -> nn.Module:
     """Prepare a model as one region; where it cannot be traced as a whole, its largest traceable submodules.
 
     Args:
         training: for training with fake quantization instead of calibration.
+        equalize: run :class:`Equalize`, for which the inputs must be real ones.
 
     Raises:
         TraceError: if nothing of it can be traced.
@@ -86,7 +96,7 @@ def prepare_model(
 
     def region(module: nn.Module, its_inputs: Inputs, path: str) -> QuantModule:
         around = tuple(qualified_name(type(model.get_submodule(outer))) for outer in _ancestors(path))
-        prepared = _prepare_region(module, its_inputs, path, around, table, config, known, training)
+        prepared = _prepare_region(module, its_inputs, path, around, table, config, known, training, equalize)
         blocked = prepared.plan.blocked_macs() if path else {}
         if blocked:  # what is inside may be traceable piece by piece
             raise TraceError(f"it calls '{next(iter(blocked))}', which cannot be traced")
@@ -118,6 +128,7 @@ def _prepare_region(
     config: ResolvedConfig,
     known: list[tuple[Origin, str]],
     training: bool,
+    equalize: bool,
 ) -> QuantModule:
     module, untraceable = trace(model, *inputs, follow_mode=training)
     plan = QuantPlan(table.name, notes=list(table.notes), model=type(model).__name__, untraceable=untraceable)
@@ -134,7 +145,7 @@ def _prepare_region(
         Pipeline(prepare_training_passes(table, config, inputs, model))(module)
         plan.properties.add(TRAINABLE)
     else:
-        Pipeline(prepare_passes(table, config, inputs))(module)
+        Pipeline(prepare_passes(table, config, inputs, equalize))(module)
     plan.stage = Stage.PREPARED
     return module
 

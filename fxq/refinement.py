@@ -12,14 +12,15 @@ from torch.fx import Node
 
 from fxq.calibration import ForwardFn
 from fxq.errors import StageError
-from fxq.graph_module import QuantModule, copy_module, free_path, get_attribute
+from fxq.graph_module import BACKEND, QuantModule, copy_module, free_path, get_attribute
 from fxq.lockstep import region_inputs
 from fxq.op_table import Backend
 from fxq.ops import Op
 from fxq.partition import Inputs, map_regions, regions_of
 from fxq.plan import Stage
-from fxq.preparation import BACKEND
 from fxq.qdq import DEQUANTIZE_CHANNEL, is_dequantize
+
+SAMPLES = 64  # of the calibration data, for corrections
 
 Refinement = Callable[[QuantModule, QuantModule, Sequence[Inputs]], None]
 
@@ -31,7 +32,7 @@ class QuantLayer:
     Attributes:
         node: calls it; ``op`` is what it calls.
         weight_path: of the integers in the module.
-        weight_dims: axes of the weight.
+        shape: of the weight.
         channels: outputs.
         bias_path: of its bias, or of where one that it alone reads will be.
     """
@@ -39,7 +40,7 @@ class QuantLayer:
     node: Node
     op: Op
     weight_path: str
-    weight_dims: int
+    shape: tuple[int, ...]
     channels: int
     bias_path: str
 
@@ -60,7 +61,7 @@ class QuantLayer:
         _, scale, zero_point, *axis = self.dequantize.args
         if self.dequantize.target is not DEQUANTIZE_CHANNEL:
             return torch.tensor(scale), torch.tensor(float(zero_point))  # type: ignore[arg-type]
-        shape = [1] * self.weight_dims
+        shape = [1] * len(self.shape)
         shape[axis[0]] = -1  # type: ignore[index]
         tensors = (get_attribute(reference, str(node.target)) for node in (scale, zero_point))  # type: ignore[union-attr]
         first, second = (tensor.float().reshape(shape) for tensor in tensors)
@@ -110,7 +111,7 @@ def _layer(
     taken.add(bias_path)
     groups = op.get(node, "groups") if "groups" in op.signature.defaults else 1
     channels = values.shape[op.weight_axis] * (groups if op.weight_axis else 1)
-    return QuantLayer(node, op, path, values.dim(), channels, bias_path)
+    return QuantLayer(node, op, path, tuple(values.shape), channels, bias_path)
 
 
 def _free(reference: QuantModule, path: str, taken: set[str]) -> str:

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
+from fxq.config import ResolvedConfig
 from fxq.graph_module import QuantModule
 from fxq.lockstep import Walk
 from fxq.ops import (
@@ -63,7 +64,7 @@ _BETWEEN = (RELU, LEAKY_RELU)
 _POOLS = (MAX_POOL2D, AVG_POOL2D, ADAPTIVE_AVG_POOL2D)  # between convs, where they go over places, not channels
 _ROUNDS = 40
 _CLOSE = 1.01  # factors between 1 / 1.01 and 1.01 end the rounds
-_ROOM = 1.25  # the largest value measured before a clamp, times this, has to stay below the clamp's bound
+_ROOM = 1.5  # the largest value measured before a clamp, times this, has to stay below the clamp's bound
 _SILENT = 0.01  # a channel that was silent is taken to reach this part of the loudest one
 
 
@@ -104,8 +105,8 @@ class Equalize(Pass):
     requires = frozenset({"canonical", "facts"})
     ensures = frozenset({"equalized"})
 
-    def __init__(self, ops: Dictionary, inputs: Inputs) -> None:
-        self.ops, self.inputs = ops, inputs
+    def __init__(self, config: ResolvedConfig, inputs: Inputs, ops: Dictionary) -> None:
+        self.config, self.inputs, self.ops = config, inputs, ops
         self._readers: Counter[int] = Counter()
 
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
@@ -114,6 +115,7 @@ class Equalize(Pass):
         self._readers = count_readers(module)
         layers = self._layers(module, plan)
         pairs = [pair for layer in layers.values() if (pair := self._pair(layer, layers)) is not None]
+        pairs = [pair for pair in pairs if any(self._per_tensor(layer, plan) for layer in (pair.first, pair.second))]
         dropped = {pair.first.node: _drop_silent(pair, self.ops) for pair in pairs}
         self._measure(pairs, module)
         for _ in range(_ROUNDS):
@@ -142,6 +144,11 @@ class Equalize(Pass):
             if op is LINEAR or axis_one_is_channels(node, parameters[0], plan):
                 found[node] = Layer(node, op, *parameters)
         return found
+
+    def _per_tensor(self, layer: Layer, plan: QuantPlan) -> bool:
+        """Whether a layer's weight will have one scale; with one a channel there is nothing to gain."""
+        qconfig = self.config.lookup(plan.origin(layer.node.name), layer.op.name)
+        return qconfig is not None and not qconfig.weight.per_channel
 
     def _pair(self, first: Layer, layers: dict[Node, Layer]) -> Pair | None:
         """The pair that ``first`` begins, if all between it and the next layer can be scaled."""

@@ -1,0 +1,74 @@
+"""What ``calibration="..."`` stands for: how ranges are chosen, and which corrections are made.
+
+A preset chooses the observers of the named qconfigs (``"per_channel"``, ``"per_tensor"``); a :class:`QConfig` of the
+user's own keeps its observers. The corrections are for every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fxq.config import QConfig, named_qconfig
+from fxq.errors import ConfigError
+from fxq.op_table import Backend
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """One way to calibrate.
+
+    Attributes:
+        text: what it does, for help and documentation.
+        activation, weight: observers; ``None`` leaves the qconfig's own.
+        equalize: scale layers that follow each other against each other where weights have one scale a tensor
+            (:mod:`fxq.passes.equalize`).
+        correct_bias: take the mean error out of each layer's bias (:func:`fxq.correct_bias`).
+        learn_rounding: learn whether each weight is rounded up or down (:func:`fxq.learn_rounding`).
+    """
+
+    text: str
+    activation: str | None = None
+    weight: str | None = None
+    equalize: bool = False
+    correct_bias: bool = False
+    learn_rounding: bool = False
+
+    @property
+    def refines(self) -> bool:
+        """Whether something is left to do after conversion, for which data is needed again."""
+        return self.correct_bias or self.learn_rounding
+
+    def qconfig(self, name: str, backend: Backend) -> QConfig:
+        """The QConfig of a name with this preset's observers."""
+        found = named_qconfig(name, backend)
+        return QConfig(
+            activation=found.activation.replace(observer=self.activation or found.activation.observer),
+            weight=found.weight.replace(observer=self.weight or found.weight.observer),
+        )
+
+
+PRESETS: Mapping[str, Preset] = {
+    "simple": Preset(text="the smallest and largest value seen", activation="minmax", weight="minmax"),
+    "default": Preset(text="the backend's recommended observers"),
+    "advanced": Preset(
+        text="histogram ranges that clip outliers, clipped weights, equalized layers (where weights have one scale a "
+        "tensor), corrected biases; no labels, no gradients",
+        activation="histogram", weight="mse", equalize=True, correct_bias=True,
+    ),
+    "max": Preset(
+        text="as advanced, and the rounding of each weight is learned",
+        activation="histogram", weight="mse", equalize=True, correct_bias=True, learn_rounding=True,
+    ),
+}  # fmt: skip
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of a name.
+
+    Raises:
+        ConfigError: for any other name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown calibration {name!r}; the presets are {', '.join(PRESETS)}")
+    return PRESETS[name]
