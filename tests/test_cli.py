@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import warnings
@@ -121,15 +122,24 @@ def test_options_reach_the_compiler(project: Path, capsys: pytest.CaptureFixture
     assert len(excluded) >= 2
 
 
+def test_presets_and_powers_of_two(project: Path) -> None:
+    assert quantize("--quiet", "--preset", "advanced", "--qconfig", "per_tensor", "--pow2-scales") == 0
+    model = fxq.load("tiny.fxq")
+    assert any(note.startswith("biases corrected") for note in model.plan.notes)
+    scales = [record["scale"] for record in fxq.graph_records(model) if record["scale"] is not None]
+    assert scales
+    assert all(math.frexp(scale)[0] == 0.5 for scale in scales)
+
+
 def test_num_batches_limits_the_images(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    calibrate = fxq.calibrate
+    call = fxq.quantize
 
-    def watched(prepared: torch.nn.Module, data: ImageFolder, **options: Any) -> None:
+    def watched(model: torch.nn.Module, data: ImageFolder, **options: Any) -> torch.nn.Module:
         seen.extend(data)
-        calibrate(prepared, data, **options)
+        return call(model, data, **options)
 
-    monkeypatch.setattr(fxq, "calibrate", watched)
+    monkeypatch.setattr(fxq, "quantize", watched)
     assert quantize("--quiet", "--batch-size", "2", "--num-batches", "2") == 0
     assert [len(batch) for batch in seen] == [2, 2]
 
