@@ -103,7 +103,7 @@ def quantize(
     else:
         inputs = as_inputs(example_inputs)
     prepared = _prepare(model, inputs, backend, qconfig, exclude, preset, pow2_scales)
-    data = KeepFirst(calibration_data, SAMPLES if preset.refines else TARGET_SAMPLES)
+    data = KeepFirst(calibration_data, SAMPLES if preset.refines else TARGET_SAMPLES if budget is not None else 0)
     calibrate(prepared, data, num_batches=num_batches, forward_fn=forward_fn, progress=progress)
     if budget is not None:
         prepared = within_budget(
