@@ -58,7 +58,7 @@ from fxq.passes.layer_weights import (
     set_parameters,
     static_parameters,
 )
-from fxq.plan import ChannelStatistics, Fusion, QuantPlan
+from fxq.plan import ChannelStatistics, Equalized, Fusion, QuantPlan
 
 _BETWEEN = (RELU, LEAKY_RELU)
 _POOLS = (MAX_POOL2D, AVG_POOL2D, ADAPTIVE_AVG_POOL2D)  # between convs, where they go over places, not channels
@@ -269,6 +269,7 @@ def _record(pair: Pair, dropped: int, plan: QuantPlan) -> None:
     if name in plan.statistics:
         mean, std = (torch.tensor(values, dtype=torch.float64) / scale for values in plan.statistics[name])
         plan.statistics[name] = ChannelStatistics(tuple(mean.tolist()), tuple(std.tolist()))
+    plan.equalized.append(Equalized(name, pair.second.node.name, tuple(scale.tolist())))
     detail = f"channels divided by {scale.min():.2g} to {scale.max():.2g}"
     if dropped:
         detail += f", {dropped} silent ones zeroed"
