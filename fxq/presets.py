@@ -20,7 +20,9 @@ class Preset:
 
     Attributes:
         text: what it does, for help and documentation.
-        activation, weight: observers; ``None`` leaves the qconfig's own.
+        activation: observer; ``None`` leaves the qconfig's own.
+        weight: observer of weights with one scale a channel; clipping a weight that has one scale for all its
+            channels to what is best for the sum of them destroys the channel with the largest weights.
         equalize: scale layers that follow each other against each other where weights have one scale a tensor
             (:mod:`fxq.passes.equalize`).
         correct_bias: take the mean error out of each layer's bias (:func:`fxq.correct_bias`).
@@ -44,7 +46,7 @@ class Preset:
         found = named_qconfig(name, backend)
         return QConfig(
             activation=found.activation.replace(observer=self.activation or found.activation.observer),
-            weight=found.weight.replace(observer=self.weight or found.weight.observer),
+            weight=found.weight.replace(observer=(found.weight.per_channel and self.weight) or found.weight.observer),
         )
 
 

@@ -43,9 +43,11 @@ def test_every_preset_quantizes_what_can_be_read_once(name, qconfig):
 
 @pytest.mark.parametrize(("name", "observers"), [("simple", {"minmax"}), ("advanced", {"histogram", "mse"})])
 def test_observers_of_named_qconfigs(name, observers):
-    for qconfig in ("per_channel", "per_tensor"):
-        prepared = fxq.prepare(net(), X, calibration=name, qconfig=qconfig)
-        assert {spec.observer for spec in prepared.plan.specs.values()} == observers
+    prepared = fxq.prepare(net(), X, calibration=name)
+    assert {spec.observer for spec in prepared.plan.specs.values()} == observers
+    prepared = fxq.prepare(net(), X, calibration=name, qconfig="per_tensor")
+    assert prepared.plan.specs[Slot("fc", (1,))].observer == "minmax"  # clipping for all channels at once does harm
+    assert prepared.plan.specs[Slot("fc")].observer == PRESETS[name].activation
 
 
 def test_default_is_what_the_backend_recommends():
