@@ -30,6 +30,7 @@ def sensitivity(
     exclude: Exclusions = (),
     example_inputs: Any = None,
     num_batches: int | None = None,
+    calibration: str = "default",
     forward_fn: ForwardFn | None = None,
     progress: bool | None = None,
 ) -> str:
@@ -46,6 +47,7 @@ def sensitivity(
         backend, qconfig, exclude, example_inputs, forward_fn, progress: as for :func:`fxq.quantize`; ``forward_fn``
             returns the model's output.
         num_batches: use this many batches; all by default.
+        calibration: as for :func:`fxq.prepare`; corrections that come after conversion are not made.
 
     Raises:
         ConfigError: if ``metric`` returns something else than a finite number.
@@ -57,7 +59,7 @@ def sensitivity(
     """
     records = sensitivity_records(
         model, data, metric=metric, backend=backend, qconfig=qconfig, exclude=exclude, example_inputs=example_inputs,
-        num_batches=num_batches, forward_fn=forward_fn, progress=progress,
+        num_batches=num_batches, calibration=calibration, forward_fn=forward_fn, progress=progress,
     )  # fmt: skip
     measured = ["sqnr"] if metric is None else ["metric", "drop"]
     rows = [
@@ -78,6 +80,7 @@ def sensitivity_records(
     exclude: Exclusions = (),
     example_inputs: Any = None,
     num_batches: int | None = None,
+    calibration: str = "default",
     forward_fn: ForwardFn | None = None,
     progress: bool | None = None,
 ) -> list[dict[str, Any]]:
@@ -94,7 +97,9 @@ def sensitivity_records(
     if example_inputs is None:
         args, kwargs = example_inputs_of(model, batches[0], forward_fn)
         example_inputs = args or kwargs
-    prepared = prepare(model, example_inputs, backend=backend, qconfig=qconfig, exclude=exclude)
+    prepared = prepare(
+        model, example_inputs, backend=backend, qconfig=qconfig, exclude=exclude, calibration=calibration
+    )
     calibrate(prepared, batches, forward_fn=forward_fn, progress=progress)
     best = 0.0 if metric is None else evaluate(metric, model)
     sqnr = OutputSqnr(model, batches, forward_fn)

@@ -136,3 +136,18 @@ def test_the_table_and_the_model():
 def test_empty_data():
     with pytest.raises(CalibrationError, match="empty"):
         fxq.sensitivity(chain(), [])
+
+
+def test_a_preset_equalizes():
+    options = {"backend": "qnnpack", "qconfig": "per_tensor"}
+    plain, advanced = (
+        fxq.sensitivity_records(outlier_weight(), images(), calibration=preset, **options)
+        for preset in ("default", "advanced")
+    )
+    assert advanced[0]["sqnr"] > plain[0]["sqnr"] + 10
+
+
+def test_comparison_with_an_equalized_model():
+    net = outlier_weight()
+    qmodel = fxq.quantize(net, images(), backend="qnnpack", qconfig="per_tensor", calibration="advanced")
+    assert fxq.compare_records(net, qmodel, images())[1]["own_sqnr"] > 25
