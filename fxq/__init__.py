@@ -6,6 +6,7 @@ from fxq.calibration import calibrate
 from fxq.comparison import compare, compare_records
 from fxq.config import QConfig, QConfigMapping
 from fxq.errors import FxqError, FxqWarning
+from fxq.exported import from_exported_program, to_exported_program
 from fxq.freezing import freeze
 from fxq.learned_rounding import learn_rounding
 from fxq.networkx_export import to_networkx, write_graph
@@ -26,6 +27,7 @@ from fxq.report import backend_table, backends, fusion_table, graph_table, obser
 from fxq.sensitivity import sensitivity, sensitivity_records
 from fxq.serialization import load, load_reference, save
 from fxq.spec import QuantSpec
+from fxq.torchscript import to_torchscript
 
 __all__ = [
     "FxqError",
@@ -50,6 +52,7 @@ __all__ = [
     "freeze",
     "freeze_batchnorm",
     "freeze_observers",
+    "from_exported_program",
     "fusion_table",
     "graph_records",
     "graph_table",
@@ -66,7 +69,9 @@ __all__ = [
     "sensitivity",
     "sensitivity_records",
     "summary",
+    "to_exported_program",
     "to_networkx",
     "to_onnx",
+    "to_torchscript",
     "write_graph",
 ]

@@ -62,7 +62,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     tensors: Tensors = {}
     content: dict[str, Any] = {"partition": None, "regions": {}}
     for place, region in regions_of(reference).items():
-        content["regions"][place] = _encode_region(place, region, tensors)
+        content["regions"][place] = encode_region(place, region, tensors)
     if partition is not None:
         content["partition"] = [partition.reason, partition.left, partition.left_macs]
         content["model"] = type(reference).__name__
@@ -73,7 +73,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     _write(Path(path), with_header(buffer.getvalue()))
 
 
-def _encode_region(place: str, region: QuantModule, tensors: Tensors) -> dict[str, Any]:
+def encode_region(place: str, region: QuantModule, tensors: Tensors) -> dict[str, Any]:
     """What the JSON says of a region; its tensors go to their sections."""
     nodes = region.graph.nodes
     read = sorted({str(node.target) for node in nodes if node.op == "get_attr"})
@@ -154,7 +154,7 @@ def load_reference(path: str | Path, *, model: nn.Module | None = None) -> nn.Mo
 
 def _decode(content: dict[str, Any], tensors: Tensors, model: nn.Module | None) -> nn.Module:
     regions = {
-        place: _decode_region(place, record, tensors, model) for place, record in content["regions"].items()
+        place: decode_region(place, record, tensors, model) for place, record in content["regions"].items()
     }
     if content["partition"] is None:
         (region,) = regions.values()
@@ -172,7 +172,12 @@ def _decode(content: dict[str, Any], tensors: Tensors, model: nn.Module | None) 
     return replace_regions(model, regions, partition, tensors["outside"])
 
 
-def _decode_region(place: str, record: dict[str, Any], tensors: Tensors, model: nn.Module | None) -> QuantModule:
+def decode_region(place: str, record: dict[str, Any], tensors: Tensors, model: nn.Module | None) -> QuantModule:
+    """A region from what :func:`encode_region` made.
+
+    Raises:
+        Exception: of any kind, for anything else.
+    """
     parts: dict[str, Any] = dict(tensors[f"tensors {place}"])
     modules = {
         path: decode_leaf(leaf, ".".join(filter(None, (place, path))), tensors[f"module {place} {path}"], model)

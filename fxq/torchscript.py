@@ -1,0 +1,182 @@
+"""TorchScript: the packed model in a file that torch alone runs, from Python or C++.
+
+TorchScript packs all weights again when a file is loaded, all of them for the engine that is set then. A lowered model
+has kernels of several engines, so it is lowered anew for one: rows are wrapped in :class:`_ForOneEngine`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import Node
+
+from fxq.api import lower
+from fxq.backends import get_backend
+from fxq.backends.kernels import PackedConv, PackedConvAdd, PackedLinear
+from fxq.batch_sizes import example_inputs as inputs_of
+from fxq.engine import running
+from fxq.errors import FxqError
+from fxq.graph_module import BACKEND, QuantModule
+from fxq.op_table import Backend, Emission, Emit, IntWeight, OpRow
+from fxq.partition import partition_of, reference_of
+from fxq.spec import QParams
+
+_X86_GROUPS = 96  # the x86 engine hands convs of up to 100 groups to onednn, others to fbgemm
+
+
+def to_torchscript(model: nn.Module, example_inputs: Any = None, path: str | Path | None = None) -> Any:
+    """The model with its int8 kernels as TorchScript.
+
+    The file runs where fxq is not installed, to the last bit as the model does; only transposed convolutions, which
+    torch reads back wrong, run in float there. Weights are packed when it is loaded, for the engine that torch is set
+    to: set it to the model's backend before, unless that is "x86", the default of x86 builds:
+    ``torch.backends.quantized.engine = "qnnpack"``.
+
+    Args:
+        model: from :func:`fxq.quantize`, :func:`fxq.convert`, :func:`fxq.convert_to_reference` or :func:`fxq.load`.
+        example_inputs: a tensor or a tuple of tensors to trace with; by default zeros of the shapes the model was
+            prepared with. Other batch sizes run as well.
+        path: written to, if given; conventionally ends in ``.pt``.
+
+    Returns:
+        A ``torch.jit.ScriptModule``.
+
+    Raises:
+        StageError: if the model is not quantized.
+        FxqError: for a model in regions, a layer that needs a second engine, or a file that cannot be written.
+
+    Example:
+        >>> fxq.to_torchscript(qmodel, path="model.pt")                               # doctest: +SKIP
+        >>> logits = torch.jit.load("model.pt")(images)                               # doctest: +SKIP
+    """
+    reference = reference_of(model)
+    if partition_of(reference) is not None or not isinstance(reference, QuantModule):
+        raise FxqError(
+            f"{type(reference).__name__} could not be traced as a whole; write its regions one by one, "
+            f"e.g. fxq.to_torchscript(model.backbone, ...)"
+        )
+    table = model.meta.get(BACKEND) if isinstance(model, QuantModule) else None
+    lowered = lower(reference, for_one_engine(table or get_backend(reference.plan.backend)))
+    assert isinstance(lowered, QuantModule)
+    inputs = inputs_of(reference) if example_inputs is None else example_inputs
+    inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(x for x in inputs if isinstance(x, torch.Tensor))
+    with warnings.catch_warnings(), torch.no_grad(), running():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, and says so for every trace
+        traced = torch.jit.trace(fx.GraphModule(lowered, lowered.graph), inputs, strict=False, check_trace=False)
+        if path is not None:
+            _save(traced, path)
+    return traced
+
+
+def _save(traced: Any, path: str | Path) -> None:
+    try:
+        Path(path).touch()
+    except OSError as error:
+        raise FxqError(f"{path}: cannot be written ({error.strerror})") from error
+    torch.jit.save(traced, str(path))
+
+
+def for_one_engine(table: Backend) -> Backend:
+    """A table whose packed weights all are of its own engine.
+
+    Transposed convolutions run in float: torch reads their packed weights back wrong from TorchScript files.
+    """
+    rows = [
+        dataclasses.replace(row, emit=_ForOneEngine(row.emit, table.engine)) if _packs(row) else row
+        for row in table.rows
+        if not (isinstance(row.emit, PackedConv) and row.emit.transposed)
+    ]
+    return dataclasses.replace(table, rows=tuple(rows))
+
+
+def _packs(row: OpRow) -> bool:
+    return isinstance(row.emit, (PackedConv, PackedConvAdd, PackedLinear))
+
+
+@dataclasses.dataclass(frozen=True)
+class _ForOneEngine:
+    """Emits what ``emit`` does with weights packed for ``engine`` alone.
+
+    The x86 engine would run convolutions of many groups on fbgemm, where their kernel may be slow or saturate; in
+    parts of fewer groups it runs them on onednn.
+    """
+
+    emit: Emit
+    engine: str
+
+    @property
+    def kernel(self) -> str:
+        return self.emit.kernel
+
+    def __call__(self, e: Emission) -> Node:
+        whole = _WithEngine(e, self.engine)
+        if self.engine != "x86" or not isinstance(self.emit, PackedConv):
+            return self.emit(whole)  # type: ignore[arg-type]
+        weight, groups = e.weight(), e.get("groups")
+        chosen = self.emit.engine(weight, groups) if self.emit.engine else None
+        if chosen != "onednn":
+            return self.emit(whole)  # type: ignore[arg-type]
+        starts = range(0, groups, _X86_GROUPS)
+        parts = [range(start, min(start + _X86_GROUPS, groups)) for start in starts]
+        if len(parts) == 1:
+            return self.emit(_Part(e, e.input("input"), parts[0], groups))  # type: ignore[arg-type]
+        width = weight.values.shape[1]
+        pieces = e.call(torch.split, e.input("input"), [len(part) * width for part in parts], 1)
+        made = [
+            self.emit(_Part(e, e.call(operator.getitem, pieces, number), part, groups))  # type: ignore[arg-type]
+            for number, part in enumerate(parts)
+        ]
+        return e.call(torch.ops.quantized.cat, made, 1, e.out.scale, e.out.zero_point)
+
+
+class _WithEngine:
+    """An emission that packs under one engine."""
+
+    def __init__(self, emission: Emission, engine: str) -> None:
+        self._emission, self._engine = emission, engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._emission, name)
+
+    def pack(self, function: Callable[..., Any], *args: Any, engine: str | None = None) -> Any:
+        if engine not in (None, self._engine):
+            name = self._emission.nodes[0].name
+            raise FxqError(
+                f"node '{name}' needs a kernel of {engine} beside those of {self._engine}, and TorchScript packs all "
+                f"weights for one engine; use backend='x86', or exclude the layer"
+            )
+        return self._emission.pack(function, *args)
+
+
+class _Part(_WithEngine):
+    """An emission of some groups of a convolution."""
+
+    def __init__(self, emission: Emission, source: Node, groups: range, total: int) -> None:
+        super().__init__(emission, "onednn")
+        self._source, self._groups = source, groups
+        rows = emission.weight().values.shape[0] // total
+        self._rows = slice(groups.start * rows, groups.stop * rows)
+
+    def get(self, parameter: str) -> Any:
+        return len(self._groups) if parameter == "groups" else self._emission.get(parameter)
+
+    def input(self, parameter: str) -> Any:
+        return self._source
+
+    def weight(self) -> IntWeight:
+        whole = self._emission.weight()
+        qparams = whole.qparams
+        if whole.ch_axis is not None:
+            qparams = QParams(qparams.scale[self._rows], qparams.zero_point[self._rows])
+        return IntWeight(whole.values[self._rows], qparams, whole.ch_axis)
+
+    def tensor(self, parameter: str) -> torch.Tensor | None:
+        whole = self._emission.tensor(parameter)
+        return None if whole is None else whole[self._rows]
