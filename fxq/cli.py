@@ -1,4 +1,4 @@
-"""The command line: ``fxq quantize``, ``fxq inspect``, ``fxq backends``."""
+"""The command line: ``fxq quantize``, ``inspect``, ``convert``, ``bench`` and ``backends``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import fxq
+from fxq import cli_ship
 from fxq.errors import ConfigError, FxqError, FxqWarning
 from fxq.image_folder import ImageFolder
 from fxq.models import load_model, preprocessing
@@ -22,6 +23,8 @@ a first run:
   fxq backends                               what can run on this machine?
   fxq quantize mobilenet_v2 --weights DEFAULT --calibrate photos/ --out mobilenet_v2.fxq
   fxq inspect mobilenet_v2.fxq --table graph
+  fxq bench mobilenet_v2.fxq                 how fast is it here?
+  fxq convert mobilenet_v2.fxq --to onnx     for onnxruntime and others
 
 and then, in Python:
   model = fxq.load("mobilenet_v2.fxq")       # call it like the float model
@@ -96,6 +99,7 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_quantize(commands)
     _add_inspect(commands)
+    _add_shipping(commands)
     _add_backends(commands)
     return parser
 
@@ -150,6 +154,15 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--backend", metavar="NAME", help="lower for this backend instead of the saved one")
     parser.set_defaults(run=_inspect)
+
+
+def _add_shipping(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text, epilog = cli_ship.CONVERT_TEXT, cli_ship.CONVERT_EPILOG
+    parser = _parser_with_examples(commands.add_parser("convert", help=text, description=text), epilog)
+    cli_ship.add_convert_arguments(parser)
+    text, epilog = cli_ship.BENCH_TEXT, cli_ship.BENCH_EPILOG
+    parser = _parser_with_examples(commands.add_parser("bench", help=text, description=text), epilog)
+    cli_ship.add_bench_arguments(parser, _positive)
 
 
 def _add_backends(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -11,7 +11,7 @@ import operator
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -19,12 +19,12 @@ from torch.fx import Node
 
 from fxq.api import lower
 from fxq.backends import get_backend
-from fxq.backends.kernels import PackedConv, PackedConvAdd, PackedLinear
+from fxq.backends.kernels import PackedConv
 from fxq.batch_sizes import example_inputs as inputs_of
 from fxq.engine import running
 from fxq.errors import FxqError
 from fxq.graph_module import BACKEND, QuantModule
-from fxq.op_table import Backend, Emission, Emit, IntWeight, OpRow
+from fxq.op_table import Backend, Emission, Emit, IntWeight
 from fxq.partition import partition_of, reference_of
 from fxq.spec import QParams
 
@@ -89,15 +89,11 @@ def for_one_engine(table: Backend) -> Backend:
     Transposed convolutions run in float: torch reads their packed weights back wrong from TorchScript files.
     """
     rows = [
-        dataclasses.replace(row, emit=_ForOneEngine(row.emit, table.engine)) if _packs(row) else row
+        dataclasses.replace(row, emit=_ForOneEngine(row.emit, table.engine)) if row.weight else row
         for row in table.rows
         if not (isinstance(row.emit, PackedConv) and row.emit.transposed)
     ]
     return dataclasses.replace(table, rows=tuple(rows))
-
-
-def _packs(row: OpRow) -> bool:
-    return isinstance(row.emit, (PackedConv, PackedConvAdd, PackedLinear))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +132,14 @@ class _ForOneEngine:
         return e.call(torch.ops.quantized.cat, made, 1, e.out.scale, e.out.zero_point)
 
 
+class _PackedWhenRun(NamedTuple):
+    """Arguments of ``onednn::qconv_prepack``, whose result no file can hold."""
+
+    arguments: tuple[Any, ...]
+
+
 class _WithEngine:
-    """An emission that packs under one engine."""
+    """An emission that packs under one engine; plain oneDNN weights, which know none, are packed in the graph."""
 
     def __init__(self, emission: Emission, engine: str) -> None:
         self._emission, self._engine = emission, engine
@@ -145,7 +147,16 @@ class _WithEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._emission, name)
 
+    def constant(self, suffix: str, value: Any) -> Node:
+        if not isinstance(value, _PackedWhenRun):
+            return self._emission.constant(suffix, value)
+        weight, scales, *rest = value.arguments
+        tensors = self._emission.constant("weight", weight), self._emission.constant("weight_scales", scales.clone())
+        return self._emission.call(torch.ops.onednn.qconv_prepack, *tensors, *rest)
+
     def pack(self, function: Callable[..., Any], *args: Any, engine: str | None = None) -> Any:
+        if function is torch.ops.onednn.qconv_prepack:
+            return _PackedWhenRun(args)
         if engine not in (None, self._engine):
             name = self._emission.nodes[0].name
             raise FxqError(

@@ -263,3 +263,49 @@ def test_a_reader_that_stops_early() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout
+
+
+@pytest.mark.parametrize("to", ["onnx", "torchscript", "exported"])
+def test_convert(to: str, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if to == "onnx":
+        pytest.importorskip("onnx")
+    assert quantize("--quiet") == 0
+    assert main(["convert", "tiny.fxq", "--to", to]) == 0
+    written = project / {"onnx": "tiny.onnx", "torchscript": "tiny.pt", "exported": "tiny.pt2"}[to]
+    assert f"saved {written.name} (" in capsys.readouterr().out and written.stat().st_size > 1000
+    assert main(["convert", "tiny.fxq", "--to", to, "--out", "none/net"]) == 1
+    assert "none/net: cannot be written" in capsys.readouterr().err
+
+
+def test_convert_runs_the_same_numbers(project: Path) -> None:
+    assert quantize("--quiet") == 0
+    assert main(["convert", "tiny.fxq", "--to", "torchscript", "--backend", "qnnpack", "--out", "q.pt"]) == 0
+    torch.backends.quantized.engine, before = "qnnpack", torch.backends.quantized.engine
+    try:
+        x = torch.rand(3, 3, 32, 32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert torch.equal(torch.jit.load("q.pt")(x), fxq.load("tiny.fxq", "qnnpack")(x))
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def test_convert_to_clips(project: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    assert quantize("--quiet") == 0
+    assert main(["convert", "tiny.fxq", "--to", "onnx", "--clips", "--fixed-batch"]) == 0
+    model = onnx.load("tiny.onnx")
+    assert "Clip" in {node.op_type for node in model.graph.node}
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 7
+
+
+def test_bench(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize("--quiet") == 0
+    capsys.readouterr()
+    before = torch.get_num_threads()
+    assert main(["bench", "tiny.fxq", "--batch", "2", "--threads", "1", "--seconds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "Tiny, backend x86, input [2, 3, 32, 32], 1 threads" in out
+    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["float", "int8"]
+    assert torch.get_num_threads() == before
+    assert main(["bench", "none.fxq"]) == 1

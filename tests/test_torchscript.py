@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models_for_tests import Lambda, conv, quiet
 from torch import nn
 
@@ -36,6 +37,10 @@ def residual(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return m.fc(torch.relu(m.b(torch.relu(m.a(x))) + m.a(x)).mean((2, 3)))
 
 
+def big(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.cat([x, x], 2)] * 2, 3).contiguous(memory_format=torch.channels_last)
+
+
 def wide(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     y = torch.relu(m.depthwise(m.w(x)))
     return y * torch.sigmoid(y.mean((2, 3), keepdim=True))
@@ -49,6 +54,9 @@ CASES: dict[str, Any] = {
     "residual": residual,
     "depthwise": wide,
     "grouped": lambda m, x: m.grouped(m.w(x)),
+    "silu": lambda m, x: m.b(F.silu(m.a(x))),
+    "squeeze": lambda m, x: m.a(big(x)) * torch.sigmoid(m.b(m.a(big(x)).mean((2, 3), keepdim=True))),
+    "pool": lambda m, x: F.max_pool2d(torch.relu(m.a(big(x))), 3, 2, 1),
     "dict": lambda m, x: {"out": m.a(x), "aux": torch.relu(m.b(m.a(x)))},
     "shape": lambda m, x: m.a(x).view(x.shape[0], -1, x.size(2) * x.size(3) // 2).mean(-1),
     "attention": lambda m, x: m.mha(*[m.a(x).flatten(2).transpose(1, 2)] * 3, need_weights=False)[0],
