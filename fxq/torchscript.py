@@ -24,6 +24,7 @@ from fxq.batch_sizes import example_inputs as inputs_of
 from fxq.engine import running
 from fxq.errors import FxqError
 from fxq.graph_module import BACKEND, QuantModule
+from fxq.int_views import as_quantized
 from fxq.op_table import Backend, Emission, Emit, IntWeight
 from fxq.partition import partition_of, reference_of
 from fxq.spec import QParams
@@ -65,11 +66,15 @@ def to_torchscript(model: nn.Module, example_inputs: Any = None, path: str | Pat
     table = model.meta.get(BACKEND) if isinstance(model, QuantModule) else None
     lowered = lower(reference, for_one_engine(table or get_backend(reference.plan.backend)))
     assert isinstance(lowered, QuantModule)
+    for node in lowered.graph.nodes:
+        if node.target is as_quantized:  # a view, in which tracing would record the example's sizes
+            node.target = torch._make_per_tensor_quantized_tensor
     inputs = inputs_of(reference) if example_inputs is None else example_inputs
     inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(x for x in inputs if isinstance(x, torch.Tensor))
     with warnings.catch_warnings(), torch.no_grad(), running():
         warnings.simplefilter("ignore")  # TorchScript is deprecated, and says so for every trace
         traced = torch.jit.trace(fx.GraphModule(lowered, lowered.graph), inputs, strict=False, check_trace=False)
+        torch._C._jit_pass_inline(traced.graph)  # a file cannot hold calls of functions of their own
         if path is not None:
             _save(traced, path)
     return traced
