@@ -10,7 +10,6 @@ import torch
 from tabulate import tabulate
 
 from fxq.api import lower
-from fxq.backends import get_backend
 from fxq.batch_sizes import example_inputs
 from fxq.errors import FxqError
 from fxq.exported import to_exported_program
@@ -84,7 +83,8 @@ def bench(args: argparse.Namespace) -> None:
     """Run ``fxq bench``."""
     reference = load_reference(args.file)
     assert isinstance(reference, QuantModule)  # one in regions cannot be loaded without its code
-    lowered = load(args.file, get_backend(args.backend) if args.backend else None)
+    lowered = load(args.file, args.backend)
+    assert isinstance(lowered, QuantModule)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
     try:

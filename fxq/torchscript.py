@@ -119,19 +119,19 @@ class _ForOneEngine:
     def __call__(self, e: Emission) -> Node:
         whole = _WithEngine(e, self.engine)
         if self.engine != "x86" or not isinstance(self.emit, PackedConv):
-            return self.emit(whole)  # type: ignore[arg-type]
+            return self.emit(whole)
         weight, groups = e.weight(), e.get("groups")
         chosen = self.emit.engine(weight, groups) if self.emit.engine else None
         if chosen != "onednn":
-            return self.emit(whole)  # type: ignore[arg-type]
+            return self.emit(whole)
         starts = range(0, groups, _X86_GROUPS)
         parts = [range(start, min(start + _X86_GROUPS, groups)) for start in starts]
         if len(parts) == 1:
-            return self.emit(_Part(e, e.input("input"), parts[0], groups))  # type: ignore[arg-type]
+            return self.emit(_Part(e, e.input("input"), parts[0], groups))
         width = weight.values.shape[1]
         pieces = e.call(torch.split, e.input("input"), [len(part) * width for part in parts], 1)
         made = [
-            self.emit(_Part(e, e.call(operator.getitem, pieces, number), part, groups))  # type: ignore[arg-type]
+            self.emit(_Part(e, e.call(operator.getitem, pieces, number), part, groups))
             for number, part in enumerate(parts)
         ]
         return e.call(torch.ops.quantized.cat, made, 1, e.out.scale, e.out.zero_point)
