@@ -27,7 +27,7 @@ import torch
 
 from fxq.api import get_backend
 from fxq.observers import OBSERVERS
-from fxq.preparation import prepare_passes
+from fxq.preparation import prepare_passes, prepare_training_passes
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")) if path.is_file())
@@ -137,10 +137,13 @@ def resolves(name: str) -> bool:
 
 
 def test_the_design_page_lists_every_pass_in_order() -> None:
-    passes = [step.name for step in prepare_passes(get_backend("qnnpack"), None, ((), {}), equalize=True)]  # type: ignore[arg-type]
-    pipeline = blocks((ROOT / "docs" / "design.md").read_text())[0].text
-    listed = [line.split()[0] for line in pipeline.splitlines() if line.strip()]
-    assert [name for name in listed if name in passes] == passes
+    common = (get_backend("qnnpack"), None, ((), {}))
+    page = blocks((ROOT / "docs" / "design.md").read_text())
+    pipelines = (prepare_passes(*common, equalize=True), prepare_training_passes(*common, None))
+    for block, steps in zip(page, pipelines, strict=False):
+        passes = [step.name for step in steps]
+        listed = [line.split()[0] for line in block.text.splitlines() if line.strip()]
+        assert [name for name in listed if name in passes] == passes
 
 
 def test_the_checks_see_what_is_wrong() -> None:
