@@ -59,40 +59,44 @@ def weight_spec() -> tuple[QuantSpec, str]:
 BOTH = Weights.TENSOR | Weights.CHANNEL | Weights.AFFINE
 
 
-def right_engine(own: str) -> EngineChoice:
-    """For a weight and its number of groups, the engine whose kernel is right, and not absurdly slow.
+def right_engines(own: str) -> EngineChoice:
+    """For a weight and its number of groups, the engines whose kernels are right and not absurdly slow, best first.
 
     onednn takes symmetric weights only. fbgemm, to which the x86 engine hands convs of more than 100 groups and
     asymmetric weights, runs depthwise kernels 60 to 170 times slower where the channels are no multiple of 8 or
     the kernel is dilated, and adds up pairs of products in 16 bits otherwise, VNNI or not.
     """
 
-    def choose(weight: IntWeight, groups: int) -> str | None:
+    def choose(weight: IntWeight, groups: int) -> tuple[str, ...]:
         symmetric = not bool(weight.qparams.zero_point.any())
         depthwise = groups > 1 and weight.values.shape[1] == 1
         many = depthwise or groups > 100
-        if symmetric and "onednn" in available_engines() and (own == "onednn" or (many and cpu_has_vnni())):
-            return "onednn"
-        if depthwise and 2 * 255 * int(weight.values.int().abs().max()) > 32767:
-            return "qnnpack"
-        return "fbgemm" if own == "onednn" else None
+        has_onednn = symmetric and "onednn" in available_engines()
+        if has_onednn and (own == "onednn" or (many and cpu_has_vnni())):
+            first = "onednn"
+        elif depthwise and 2 * 255 * int(weight.values.int().abs().max()) > 32767:
+            first = "qnnpack"
+        else:
+            first = "fbgemm" if own == "onednn" else own
+        others = [name for name, right in (("onednn", has_onednn), ("fbgemm", not many)) if right and own != "fbgemm"]
+        return tuple(dict.fromkeys((first, *(name for name in others if name in available_engines()))))
 
     return choose
 
 
 def weighted_rows(own: str) -> tuple[OpRow, ...]:
     """Conv, conv_transpose and linear for an engine."""
-    engine = None if own == "qnnpack" else right_engine(own)
+    engines = None if own == "qnnpack" else right_engines(own)
 
     def conv(op: ops.Op, dims: int) -> OpRow:
-        emit, check = PackedConv(dims, engine=engine), checks.rank(dims + 2)
+        emit, check = PackedConv(dims, engines=engines), checks.rank(dims + 2)
         return OpRow(op.name, op, emit, tail=(CLAMPED,), weight=BOTH, check=check, relu_kernel=True, heavy=True)
 
     return (
         conv(ops.CONV1D, 1),
         conv(ops.CONV2D, 2),
         conv(ops.CONV3D, 3),
-        OpRow("linear", ops.LINEAR, PackedLinear(engine=engine), tail=(CLAMPED,), weight=BOTH,
+        OpRow("linear", ops.LINEAR, PackedLinear(engines=engines), tail=(CLAMPED,), weight=BOTH,
               check=checks.at_least_2d, relu_kernel=True, heavy=True),
     )  # fmt: skip
 
@@ -114,7 +118,7 @@ def conv_silu_rows() -> tuple[OpRow, ...]:
 
 def transposed_row(op: ops.Op, dims: int, weight: Weights, check: Check, engine: str, name: str = "") -> OpRow:
     """A conv_transpose row whose kernel is ``engine``'s."""
-    emit = PackedConv(dims, True, lambda weight, groups: engine)
+    emit = PackedConv(dims, True, lambda weight, groups: (engine,))
     return OpRow(name or op.name, op, emit, tail=(CLAMPED,), weight=weight, check=check, heavy=True)
 
 

@@ -17,7 +17,7 @@ from torch.fx import Node
 from fxq.op_table import Emission, IntWeight
 from fxq.ops import Op
 
-EngineChoice = Callable[[IntWeight, int], str | None]
+EngineChoice = Callable[[IntWeight, int], tuple[str, ...]]
 
 
 def _operator(name: str) -> Any:
@@ -43,12 +43,13 @@ def expand(value: Any, dims: int) -> list[int]:
 class PackedConv:
     """``quantized::convNd`` and ``quantized::conv_transposeNd``, bias included, relu if it is not free.
 
-    ``engine`` may choose another engine than the backend's from the weight and the number of groups.
+    ``engines`` tells from the weight and the number of groups which engines may run it, the best guess first; without
+    it the backend's own does.
     """
 
     dims: int
     transposed: bool = False
-    engine: EngineChoice | None = None
+    engines: EngineChoice | None = None
 
     @property
     def kernel(self) -> str:
@@ -61,10 +62,9 @@ class PackedConv:
             geometry.append(expand(e.get("output_padding"), self.dims))
         geometry.append(expand(e.get("dilation"), self.dims))
         weight, groups = e.weight(), e.get("groups")
-        engine = self.engine(weight, groups) if self.engine else None
-        packed = e.pack(
-            _operator(f"{name}_prepack"), quantized_weight(weight), e.tensor("bias"), *geometry, groups, engine=engine
-        )
+        arguments = quantized_weight(weight), e.tensor("bias"), *geometry, groups
+        engines = self.engines(weight, groups) if self.engines else ()
+        packed = e.pack(_operator(f"{name}_prepack"), *arguments, engines=engines)
         target = _operator(f"{name}_relu" if e.relu else name)
         return e.call(target, e.input("input"), e.constant("packed", packed), e.out.scale, e.out.zero_point)
 
@@ -92,13 +92,13 @@ class PackedLinear:
     """``quantized::linear``, bias included, relu if it is not free."""
 
     kernel: str = "quantized::linear"
-    engine: EngineChoice | None = None
+    engines: EngineChoice | None = None
 
     def __call__(self, e: Emission) -> Node:
         weight = e.weight()
-        engine = self.engine(weight, 1) if self.engine else None
+        engines = self.engines(weight, 1) if self.engines else ()
         packed = e.pack(
-            torch.ops.quantized.linear_prepack, quantized_weight(weight), e.tensor("bias"), engine=engine
+            torch.ops.quantized.linear_prepack, quantized_weight(weight), e.tensor("bias"), engines=engines
         )
         target = torch.ops.quantized.linear_relu if e.relu else torch.ops.quantized.linear
         return e.call(target, e.input("input"), e.constant("packed", packed), e.out.scale, e.out.zero_point)
@@ -122,7 +122,7 @@ class PlainConv:
         # packed for the shape of the example inputs; with others oneDNN may have to reorder it at each call
         packed = e.pack(
             torch.ops.onednn.qconv_prepack, weight.values, scales, *qparams, *geometry, groups, e.shape("input"),
-            engine="onednn",
+            engines=("onednn",),
         )  # fmt: skip
         return e.plain_call(
             conv_pointwise, x, *qparams, e.constant("packed", packed), e.constant("scales", scales),

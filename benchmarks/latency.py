@@ -45,18 +45,24 @@ MATRIX = 1024
 Samples = dict[str, list[float]]
 
 
-def fxq_tool(backend: str) -> Tool:
-    """fxq, eager."""
+def fxq_tool(backend: str, frozen: bool) -> Tool:
+    """fxq, eager or frozen."""
 
     def make(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
         quantized = fxq.quantize(model, calibration_data(x), backend=backend, progress=False)
         last = channels_last(x)
-        return lambda: quantized(last)
+        run = fxq.freeze(quantized, last) if frozen else quantized
+        return lambda: run(last)
 
     return make
 
 
-TOOLS: dict[str, Tool] = {f"fxq {name}": fxq_tool(name) for name in ("x86", "onednn", "fbgemm", "qnnpack")} | PEERS
+FXQ: dict[str, Tool] = {
+    f"fxq {backend}{' frozen' * frozen}": fxq_tool(backend, frozen)
+    for backend in ("x86", "onednn", "fbgemm", "qnnpack")
+    for frozen in (False, True)
+}
+TOOLS = FXQ | PEERS
 
 
 def make_runs(name: str, tools: list[str], batch: int, threads: int) -> tuple[dict[str, Run], int]:
@@ -113,6 +119,7 @@ def measure(name: str, tools: list[str], batch: int, threads: int, rounds: int) 
     runs["peak"], peak_macs = peak_run()
     samples = interleave(runs, rounds)
     peak = peak_macs / min(samples.pop("peak"))
+    tqdm.write(f"{name}: " + ", ".join(f"{tool} {min(times) * 1e3:.2f}" for tool, times in samples.items()))
     return samples, {tool: macs / min(times) / peak for tool, times in samples.items()}
 
 

@@ -11,6 +11,7 @@ from fxq.freezing import freeze
 from fxq.learned_rounding import learn_rounding
 from fxq.networkx_export import to_networkx, write_graph
 from fxq.onnx_export import to_onnx
+from fxq.profiling import profile, profile_records
 from fxq.qat import (
     disable_fake_quant,
     disable_observers,
@@ -28,6 +29,7 @@ from fxq.sensitivity import sensitivity, sensitivity_records
 from fxq.serialization import load, load_reference, save
 from fxq.spec import QuantSpec
 from fxq.torchscript import to_torchscript
+from fxq.tuning import tune
 
 __all__ = [
     "FxqError",
@@ -64,6 +66,8 @@ __all__ = [
     "observer_table",
     "prepare",
     "prepare_qat",
+    "profile",
+    "profile_records",
     "quantize",
     "save",
     "sensitivity",
@@ -73,5 +77,6 @@ __all__ = [
     "to_networkx",
     "to_onnx",
     "to_torchscript",
+    "tune",
     "write_graph",
 ]

@@ -6,6 +6,7 @@ model's integers. So every kernel is judged on the integers it was given, and ro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -28,18 +29,21 @@ class Agreement(NamedTuple):
     from_tie: float  # where they do, how far the real value is from the middle of two integers at most, in that unit
 
 
-def kernel_agreement(reference: QuantModule, backend: Backend, *inputs: Any) -> list[Agreement]:
+def kernel_agreement(
+    reference: QuantModule, backend: Backend, *inputs: Any, engines: Mapping[str, str] | None = None
+) -> list[Agreement]:
     """One line for each int8 value of a reference graph lowered for ``backend``.
 
     Args:
         reference: from ``fxq.convert_to_reference``; unchanged.
         inputs: what the model is called with.
+        engines: as for :func:`fxq.passes.lower.lower`.
 
     Example:
         >>> max(line.max_lsb for line in kernel_agreement(reference, get_backend("x86"), x))  # doctest: +SKIP
         1
     """
-    lowering = Lowering(reference, backend)
+    lowering = Lowering(reference, backend, engines or {})
     lowered = lowering.run()
     recorder = _Recorder(lowered)
     with torch.no_grad(), running():

@@ -18,6 +18,7 @@ from fxq.state import graph_qparams, misfit, set_state, split_state
 # Keys of a module's meta beside "fxq", its plan:
 BACKEND = "fxq_backend"  # the table it was prepared or lowered for
 REFERENCE = "fxq_reference"  # of a lowered module: the reference graph it was lowered from
+ENGINES = "fxq_engines"  # of a lowered module: the engines chosen for single kernels, see fxq.tune
 
 
 class QuantModule(fx.GraphModule):
@@ -68,7 +69,7 @@ class QuantModule(fx.GraphModule):
         """Its graph node by node, because torch.fx would trace its code again and name the nodes anew; a lowered
         module as its reference graph, because packed weights cannot be pickled."""
         if REFERENCE in self.meta:
-            return _relowered, (self.meta[REFERENCE], self.meta[BACKEND])
+            return _relowered, (self.meta[REFERENCE], self.meta[BACKEND], self.meta[ENGINES])
         state = {name: vars(self)[name] for name in ("training", "_parameters", "_buffers", "_modules", "meta")}
         return _restored, (type(self).__name__, records_of(self.graph), state)
 
@@ -108,7 +109,7 @@ class QuantModule(fx.GraphModule):
         else:
             reference = copy_module(self.meta[REFERENCE])
             set_state(reference, fitting)
-            self._become(_relowered(reference, self.meta[BACKEND]))
+            self._become(_relowered(reference, self.meta[BACKEND], self.meta[ENGINES]))
 
     def _become(self, other: QuantModule) -> None:
         """Take over another module's graph and all that it uses."""
@@ -203,10 +204,10 @@ def _restored(name: str, records: list[Record], state: dict[str, Any]) -> QuantM
     return module
 
 
-def _relowered(reference: QuantModule, table: Any) -> QuantModule:
+def _relowered(reference: QuantModule, table: Any, engines: Mapping[str, str]) -> QuantModule:
     from fxq.passes.lower import lower  # which is written in terms of this module
 
-    return lower(reference, table)
+    return lower(reference, table, engines)
 
 
 def _require_float32(module: QuantModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -127,8 +127,9 @@ class Emission(Protocol):
     def overwrites(self, operand: Node) -> None:
         """Say that the kernel writes its result over ``operand``, which is copied first if anyone still reads it."""
 
-    def pack(self, function: Callable[..., Any], *args: Any, engine: str | None = None) -> Any:
-        """Call a prepacking function under an engine, the backend's own unless another is named."""
+    def pack(self, function: Callable[..., Any], *args: Any, engines: tuple[str, ...] = ()) -> Any:
+        """Call a prepacking function under the first of the engines that may run the kernel, unless another was found
+        to be faster; without any under the backend's own."""
 
 
 Check = Callable[[Node, Mapping[str, TensorFact]], Reason | None]

@@ -84,7 +84,9 @@ class KernelEmission:
     def overwrites(self, operand: Node) -> None:
         self.overwritten.append(operand)
 
-    def pack(self, function: Callable[..., Any], *args: Any, engine: str | None = None) -> Any:
-        self.engine = engine or self.lowering.backend.engine
+    def pack(self, function: Callable[..., Any], *args: Any, engines: tuple[str, ...] = ()) -> Any:
+        candidates = engines or (self.lowering.backend.engine,)
+        wanted = self.lowering.engines.get(self.match.root.name)
+        self.engine = wanted if wanted in candidates else candidates[0]
         with packing(self.engine):
             return function(*args)

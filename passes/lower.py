@@ -8,8 +8,8 @@ left, and everything else is copied.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from fxq.aliases import reads_shape
 from fxq.engine import require_engine
-from fxq.graph_module import BACKEND, REFERENCE, QuantModule, get_attribute, set_tensor
+from fxq.graph_module import BACKEND, ENGINES, REFERENCE, QuantModule, get_attribute, set_tensor
 from fxq.int_views import as_quantized, as_uint8
 from fxq.matcher import Match
 from fxq.numerics import dequantize
@@ -30,18 +30,19 @@ from fxq.plan import Decision, Kernel, QuantPlan, Stage, Status, float_decision
 from fxq.qdq import is_dequantize, is_quantize
 
 
-def lower(reference: QuantModule, backend: Backend) -> QuantModule:
+def lower(reference: QuantModule, backend: Backend, engines: Mapping[str, str] | None = None) -> QuantModule:
     """A new module that runs ``reference`` with the packed kernels of ``backend``.
 
     Args:
         reference: a reference graph with its plan; unchanged.
         backend: its engine must be in this torch.
+        engines: by name of the kernel's first node, an engine to run it if the kernel's row says that it may.
 
     Raises:
         BackendError: if this torch lacks the backend's engine.
     """
     require_engine(backend.engine)
-    return Lowering(reference, backend).run()
+    return Lowering(reference, backend, engines or {}).run()
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Lowering:
 
     reference: QuantModule
     backend: Backend
+    engines: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ops: Dictionary = self.backend.dictionary
@@ -279,6 +281,7 @@ class Lowering:
         self.plan.containers = set(self.old.containers)
         lowered.meta["fxq"] = self.plan
         lowered.meta[REFERENCE], lowered.meta[BACKEND] = self.reference, self.backend
+        lowered.meta[ENGINES] = dict(self.engines)
         lowered.graph.lint()
         self.plan.check(lowered.graph)
         return lowered

@@ -13,7 +13,7 @@ from torch import nn
 import fxq
 from fxq import engine
 from fxq.backends import BACKENDS, common, get_backend
-from fxq.backends.common import right_engine
+from fxq.backends.common import right_engines
 from fxq.errors import BackendError
 from fxq.graph_module import QuantModule
 from fxq.op_table import IntWeight
@@ -218,23 +218,24 @@ def int_weight(channels: int, per_group: int, largest: int = 127, zero_point: in
 @pytest.mark.parametrize(
     ("own", "vnni", "weight", "groups", "expected"),
     [
-        ("x86", True, int_weight(8, 8), 1, None),
-        ("x86", True, int_weight(8, 2), 4, None),
+        ("x86", True, int_weight(8, 8), 1, "x86 onednn fbgemm"),
+        ("x86", True, int_weight(8, 2), 4, "x86 onednn fbgemm"),
         ("x86", True, int_weight(8, 1), 8, "onednn"),
         ("x86", True, int_weight(128, 2), 104, "onednn"),
+        ("x86", True, int_weight(8, 8, zero_point=3), 1, "x86 fbgemm"),
         ("x86", True, int_weight(8, 1, zero_point=3), 8, "qnnpack"),
-        ("x86", True, int_weight(8, 1, 63, zero_point=3), 8, None),
+        ("x86", True, int_weight(8, 1, 63, zero_point=3), 8, "x86"),
         ("fbgemm", True, int_weight(8, 1), 8, "onednn"),
-        ("fbgemm", False, int_weight(8, 1, 63), 8, None),
+        ("fbgemm", False, int_weight(8, 1, 63), 8, "fbgemm"),
         ("fbgemm", False, int_weight(8, 1), 8, "qnnpack"),
-        ("fbgemm", True, int_weight(8, 8), 1, None),
-        ("onednn", False, int_weight(8, 8), 1, "onednn"),
+        ("fbgemm", True, int_weight(8, 8), 1, "fbgemm"),
+        ("onednn", False, int_weight(8, 8), 1, "onednn fbgemm"),
         ("onednn", True, int_weight(8, 8, zero_point=3), 1, "fbgemm"),
         ("onednn", True, int_weight(8, 1, zero_point=3), 8, "qnnpack"),
     ],
 )
-def test_the_engine_of_a_convolution(
-    own: str, vnni: bool, weight: IntWeight, groups: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
+def test_the_engines_of_a_convolution(
+    own: str, vnni: bool, weight: IntWeight, groups: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(common, "cpu_has_vnni", lambda: vnni)
-    assert right_engine(own)(weight, groups) == expected
+    assert right_engines(own)(weight, groups) == tuple(expected.split())

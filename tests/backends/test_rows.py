@@ -484,6 +484,16 @@ def test_row(backend: str, case: Case) -> None:
     assert_agrees(case, backend)
 
 
+@pytest.mark.parametrize("engine", ["onednn", "fbgemm"])
+@pytest.mark.parametrize("backend", ["x86", "onednn"])
+@pytest.mark.parametrize("case", [*CONV_CASES, *LINEAR_CASES], ids=str)
+def test_other_engines_that_may_run_it(case: Case, backend: str, engine: str) -> None:
+    reference, table = reference_of(case, backend, "per_channel"), get_backend(backend)
+    engines = {node.name: engine for node in reference.graph.nodes}
+    lines = kernel_agreement(reference, table, torch.randn(case.shape) * 2, engines=engines)
+    assert [line for line in lines if line.max_lsb > 1] == []
+
+
 def qconfig(**activation: Any) -> QConfig:
     return QConfig(activation=ACTIVATION.replace(**activation), weight=WEIGHT)
 
