@@ -121,8 +121,8 @@ class _ForOneEngine:
         if self.engine != "x86" or not isinstance(self.emit, PackedConv):
             return self.emit(whole)
         weight, groups = e.weight(), e.get("groups")
-        chosen = self.emit.engine(weight, groups) if self.emit.engine else None
-        if chosen != "onednn":
+        best = self.emit.engines(weight, groups)[0] if self.emit.engines else None
+        if best != "onednn":
             return self.emit(whole)
         starts = range(0, groups, _X86_GROUPS)
         parts = [range(start, min(start + _X86_GROUPS, groups)) for start in starts]
@@ -159,13 +159,13 @@ class _WithEngine:
         tensors = self._emission.constant("weight", weight), self._emission.constant("weight_scales", scales.clone())
         return self._emission.call(torch.ops.onednn.qconv_prepack, *tensors, *rest)
 
-    def pack(self, function: Callable[..., Any], *args: Any, engine: str | None = None) -> Any:
+    def pack(self, function: Callable[..., Any], *args: Any, engines: tuple[str, ...] = ()) -> Any:
         if function is torch.ops.onednn.qconv_prepack:
             return _PackedWhenRun(args)
-        if engine not in (None, self._engine):
+        if engines and self._engine not in engines:
             name = self._emission.nodes[0].name
             raise FxqError(
-                f"node '{name}' needs a kernel of {engine} beside those of {self._engine}, and TorchScript packs all "
+                f"node '{name}' needs a kernel of {engines[0]} beside those of {self._engine}, and TorchScript packs all "
                 f"weights for one engine; use backend='x86', or exclude the layer"
             )
         return self._emission.pack(function, *args)
