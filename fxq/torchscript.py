@@ -165,8 +165,8 @@ class _WithEngine:
         if engines and self._engine not in engines:
             name = self._emission.nodes[0].name
             raise FxqError(
-                f"node '{name}' needs a kernel of {engines[0]} beside those of {self._engine}, and TorchScript packs all "
-                f"weights for one engine; use backend='x86', or exclude the layer"
+                f"node '{name}' needs a kernel of {engines[0]} beside those of {self._engine}, and TorchScript packs "
+                f"all weights for one engine; use backend='x86', or exclude the layer"
             )
         return self._emission.pack(function, *args)
 
