@@ -92,7 +92,7 @@ def train(prepared: nn.Module, training: Images, test: Images, args: argparse.Na
         progress = tqdm(order.split(args.batch_size), f"epoch {epoch + 1}")
         for batch in progress:
             outputs = prepared(network_input(augmented(training.pixels[batch])))
-            loss = F.cross_entropy(outputs, training.labels[batch], label_smoothing=0.1)
+            loss = F.cross_entropy(outputs, training.labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

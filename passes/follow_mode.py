@@ -31,6 +31,7 @@ class FollowMode(Pass):
 
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
         changed = 0
+        module.eval()  # float leaves have flags too, and passes run the graph
         for node in list(module.graph.nodes):
             flags = _flags(node)
             if not flags:
@@ -59,7 +60,7 @@ class FollowMode(Pass):
             mode._buffers.update(owner._buffers)
         if kind is NormMode:
             self._take_count(mode, path)
-        module.add_submodule(path, mode.eval())  # passes run the graph, which must not count as training
+        module.add_submodule(path, mode.eval())
         return path
 
     def _take_count(self, mode: Mode, path: str) -> None:
