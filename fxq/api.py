@@ -239,7 +239,7 @@ def _region_to_reference(prepared: QuantModule) -> QuantModule:
     table: Backend = prepared.meta[BACKEND]
     reference = copy_module(prepared)
     if TRAINABLE in prepared.plan.properties:
-        reference.eval()
+        reference.eval().cpu().float()  # it may have trained elsewhere and in another precision
         Pipeline([FinishTraining(training_rows()), FoldBatchNorm(table.dictionary)])(reference)
     Pipeline([ToReference(table, table.dictionary), AbsorbClamp(table.dictionary), SimplifyQDQ()])(reference)
     reference.plan.stage = Stage.REFERENCE

@@ -61,7 +61,11 @@ def prepare_qat(
     table = get_backend(backend) if isinstance(backend, str) else backend
     require_engine(table.engine)
     mapping = qconfig if isinstance(qconfig, QConfigMapping) else QConfigMapping().set_global(qconfig)
-    following = dataclasses.replace(table, activation=table.activation.replace(observer="moving_average"))
+    following = dataclasses.replace(
+        table,
+        activation=table.activation.replace(observer="moving_average"),
+        weight=table.weight.replace(observer="minmax"),
+    )
     config = mapping.resolved(following, exclude)
     return prepare_model(
         model, as_inputs(example_inputs), table, _learning(config) if learn_scales else config, training=True

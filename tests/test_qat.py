@@ -253,8 +253,7 @@ def test_other_precisions_and_autocast():
         out = prepared(X)
     out.float().sum().backward()
     assert bool(prepared.get_parameter("stem.0.weight").grad.isfinite().all())
-    double.float()
-    assert bool(fxq.convert(double)(X).isfinite().all())
+    assert bool(fxq.convert(double)(X).isfinite().all()) and double(X.double()).dtype == torch.float64
 
 
 def test_parameter_groups_and_frozen_parameters():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from models_for_tests import Lambda, before, conv, graph_text, op_names, quiet, run, same
+from models_for_tests import OPS, Lambda, before, canonical, conv, graph_text, op_names, quiet, run, same
 from torch import nn
 
 import fxq
@@ -218,3 +218,12 @@ def test_a_clone_that_is_written_to():
 def test_modules_and_own_functions_stay():
     module, _, count = folded(lambda m, x: x + m.l(m.w)[0], w=constant(1, 8), l=nn.LSTM(8, 8))
     assert count == 0 and any(node.op == "call_module" for node in module.graph.nodes)
+
+
+def test_parameters_may_be_no_constants():
+    model = Lambda(
+        lambda m, x: x + m.p * 2 + m.t * 2, p=torch.nn.Parameter(torch.randn(3, 1, 1)), t=torch.randn(3, 1, 1)
+    )
+    module = canonical(model, torch.randn(2, 3, 4, 4))
+    assert run(FoldConstants(OPS, parameters=False), module) == 1
+    assert op_names(module).count("mul") == 1
