@@ -44,9 +44,9 @@ class Frozen(nn.Module):
             return self._model[0](*args, **kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         laid_out = [_with_strides(x, strides) for x, strides in zip(tensors, self._strides, strict=True)]
-        with torch.no_grad(), running():
+        with torch.inference_mode(), running():
             found = self._run(*laid_out)
-        return self._result.restore(found)
+        return self._result.restore([tensor.clone() for tensor in found])  # as ordinary tensors
 
 
 def freeze(qmodel: nn.Module, example_inputs: Any) -> nn.Module:
@@ -128,7 +128,8 @@ def _trace(model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec) -> tuple[
         expected = _Result(model(*args, **kwargs))
         run = torch.jit.freeze(torch.jit.trace(flat, tensors, check_trace=False))
         for _ in range(_WARM_UP):
-            found = run(*tensors)
+            with torch.inference_mode():
+                found = run(*tensors)
     _require_no_decisions(model, caught)
     if not all(map(_same, found, expected.tensors)):
         raise BackendError("torch's frozen graph of this model gives other numbers; use the model as it is")

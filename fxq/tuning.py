@@ -15,7 +15,7 @@ from fxq.partition import Inputs, map_regions, region_inputs, regions_of
 from fxq.passes.lower import lower
 from fxq.plan import Stage
 
-_WORTH = 0.97  # of the first choice's time; what differs less is noise
+_WORTH = 0.95  # of the first choice's time; what differs less is noise
 
 
 def tune(qmodel: nn.Module, example_inputs: Any, *, runs: int = 30) -> nn.Module:
@@ -49,7 +49,7 @@ def _tuned(region: QuantModule, inputs: Inputs, runs: int) -> QuantModule:
     variants = {"": lower(reference, table)}
     for engine in available_engines():
         variant = lower(reference, table, dict.fromkeys(names, engine))
-        if any(kernels_of(variant) != kernels_of(other) for other in variants.values()):
+        if all(kernels_of(variant) != kernels_of(other) for other in variants.values()):
             variants[engine] = variant
     times = dict(zip(variants, node_times(list(variants.values()), inputs, runs), strict=True))
     return lower(reference, table, fastest(variants, times))
@@ -65,11 +65,12 @@ def fastest(
 ) -> dict[str, str]:
     """For each node that an engine runs clearly faster than the first choice ``""``, that engine."""
     chosen: dict[str, str] = {}
+    kernels = {engine: kernels_of(module) for engine, module in variants.items()}
     for name, first in times[""].items():
         best = first.seconds * _WORTH
-        for engine, module in variants.items():
-            tried = kernels_of(module).get(name, "").endswith(f"[{engine}]")
-            if tried and times[engine][name].seconds < best:
+        for engine, kernel_of in kernels.items():
+            another = name in kernel_of and kernel_of[name] != kernels[""][name]
+            if another and times[engine][name].seconds < best:
                 chosen[name], best = engine, times[engine][name].seconds
     return chosen
 

@@ -83,6 +83,15 @@ def test_results_of_earlier_calls_stay() -> None:
     assert torch.equal(result, copy)
 
 
+def test_results_are_ordinary_tensors() -> None:
+    x = torch.randn(1, 3, 16, 16)
+    result = fxq.freeze(quantized(Net(), 1, 3, 16, 16), x)(x)
+    result += 1
+    weight = torch.ones(5, requires_grad=True)
+    (result * weight).sum().backward()
+    assert weight.grad is not None and not result.is_inference()
+
+
 def test_structured_inputs_and_results() -> None:
     torch.manual_seed(0)
     inputs = {"x": torch.randn(3, 4), "other": torch.randn(3, 4)}
