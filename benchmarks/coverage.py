@@ -4,21 +4,33 @@
     python benchmarks/coverage.py --results coverage.jsonl --markdown docs/coverage.md
     python benchmarks/coverage.py --model swin_t                      # one model, one JSON line
 
-Weights are random but alive: BatchNorm statistics come from a train-mode forward pass, and parameters that start as
-zero or next to zero get ordinary values, so that outputs depend on inputs. Every model calibrates on two batches of
-noise and is judged on a third. SQNR is that of the output to the float model's; torch.ao's FX graph mode runs on the
-same model and data beside it.
+Weights are random but alive: BatchNorm statistics come from a forward pass in which only BatchNorm layers are in
+training mode, and parameters that start as zero or next to zero get ordinary values, so that outputs depend on inputs.
+Each model calibrates on two batches of noise and is judged on two others; numbers are medians over seeds (weights and
+data), of which large models get fewer. torch.ao's FX graph mode runs on the same model and data beside it.
+
+SQNR and cosine compare the output with the float model's; for detection models, whose boxes are a list of another
+length each time, the raw output of the head on the feature maps (of the region proposal network where there is one).
+"rounded input" is the SQNR of the float model against itself when nothing but its input is rounded to 8 bits: what the
+model makes of the smallest error any 8-bit model has. Seconds are CPU seconds to prepare and convert, on one thread.
+"memory" is the peak of quantize in one call, float model included, less one float forward pass, over the float model.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import resource
+import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +41,14 @@ from torch import nn
 
 import fxq
 from fxq.models import load_model
-from fxq.numerics import sqnr
+from fxq.numerics import choose_qparams, dequantize, quantize, sqnr
 from fxq.partition import partition_of, regions_of
+from fxq.spec import QuantSpec
 from fxq.torchvision_ops import import_torchvision
 
 VIDEO = ("mc3", "mvit", "r2plus1d", "r3d", "s3d", "swin3d")
 DETECTION = ("fasterrcnn", "fcos", "keypointrcnn", "maskrcnn", "retinanet", "ssd")
+UINT8 = QuantSpec(dtype=torch.uint8, quant_min=0, quant_max=255, symmetric=False)
 FIXED_224 = ("vit", "maxvit")  # their position tables are made for this size
 
 
@@ -53,7 +67,7 @@ def inputs_of(name: str, generator: torch.Generator) -> tuple[Any, ...]:
         return torch.randn(*shape, generator=generator)
 
     if name.startswith(DETECTION):
-        return ([torch.rand(3, 256, 256, generator=generator)],)
+        return ([torch.rand(3, 256, 256, generator=generator) for _ in range(2)],)
     if name.startswith("raft"):
         return tuple(torch.rand(1, 3, 128, 128, generator=generator) * 2 - 1 for _ in range(2))
     if name.startswith(("mvit", "s3d")):
@@ -64,19 +78,21 @@ def inputs_of(name: str, generator: torch.Generator) -> tuple[Any, ...]:
     return (noise(2, 3, size, size),)
 
 
-def make_alive(model: nn.Module, args: tuple[Any, ...], trains: bool) -> nn.Module:
+def make_alive(model: nn.Module, args: tuple[Any, ...]) -> nn.Module:
     """Ordinary values for parameters that start at zero or next to it, BatchNorm statistics from a forward pass."""
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():
             nn.init.normal_(parameter.data, std=0.02)
         elif parameter.numel() and parameter.abs().max() < 1e-4 and parameter.any():
             nn.init.constant_(parameter.data, 0.5)
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if norms and trains:
-        for norm in norms:
-            norm.momentum = None
-        with torch.no_grad():
-            model.train()(*args)
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None
+            module.reset_running_stats()
+            module.train()
+    with torch.no_grad():
+        model(*args)
     return model.eval()
 
 
@@ -88,36 +104,130 @@ def tensors_of(output: Any) -> torch.Tensor:
     return torch.cat([tensors_of(item) for item in items])
 
 
-def measure(name: str, peer: bool) -> dict[str, Any]:
-    """Quantize one model; returns the row of the table."""
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    trains = not name.startswith(DETECTION)
-    model = make_alive(load_model(name), inputs_of(name, generator), trains)
-    batches = [inputs_of(name, generator) for _ in range(3)]
-    start = time.perf_counter()
-    prepared = fxq.prepare(model, batches[0])
-    prepare_seconds = time.perf_counter() - start
-    fxq.calibrate(prepared, batches[:2], forward_fn=lambda m, batch: m(*batch), progress=False)
-    start = time.perf_counter()
-    qmodel = fxq.convert(prepared)
-    convert_seconds = time.perf_counter() - start
-    del prepared
+def outputs(model: nn.Module, batches: list[Any]) -> torch.Tensor:
+    """All that a model answers to some batches in one vector; of a detection model its first head's raw output."""
+    found: list[torch.Tensor] = []
+    head = next((model.get_submodule(path) for path in ("rpn.head", "head") if _has(model, path)), None)
+    handle = None
+    if hasattr(model, "transform") and head is not None:
+        handle = head.register_forward_hook(lambda _, __, out: found.append(tensors_of(out)))
     with torch.no_grad():
-        expected = model(*batches[2])
-        actual = qmodel(*batches[2])
-    row = {
-        "model": name,
-        "status": "whole" if "" in regions_of(qmodel) else f"{len(regions_of(qmodel))} regions",
-        **_shares(qmodel),
-        "sqnr": None if name.startswith(DETECTION) else sqnr(tensors_of(expected), tensors_of(actual)),
-        "seconds": round(prepare_seconds + convert_seconds, 1),
-    }
+        for batch in batches:
+            out = model(*batch)
+            if handle is None:
+                found.append(tensors_of(out))
+    if handle is not None:
+        handle.remove()
+    return torch.cat(found)
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(model.get_submodule(path), nn.Module)
+    except AttributeError:
+        return False
+
+
+def rounded(value: Any) -> Any:
+    """Inputs rounded to 8 bits."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(rounded(item) for item in value)
+    qparams = choose_qparams(value.min(), value.max(), UINT8)
+    return dequantize(quantize(value, qparams, UINT8), qparams)
+
+
+def measure(name: str, peer: bool, seeds: int, seconds: float) -> dict[str, Any]:
+    """The row of a model: medians over seeds, of which none is begun after ``seconds``."""
+    start = time.perf_counter()
+    row, runs = {}, []
+    for seed in range(seeds):
+        if runs and time.perf_counter() - start > seconds:
+            break
+        found, run = measure_seed(name, seed, peer)
+        row = row or found
+        runs.append(run)
+    for key in runs[0]:
+        values = [run[key] for run in runs if isinstance(run.get(key), float)]
+        row[key] = statistics.median(values) if values else runs[0][key]
+    return {**row, "seeds": len(runs)}
+
+
+def measure_seed(name: str, seed: int, peer: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What does not depend on the seed, and what does."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = make_alive(load_model(name), inputs_of(name, generator))
+    batches, others = ([inputs_of(name, generator) for _ in range(2)] for _ in range(2))
+    expected = outputs(model, others)
+    run: dict[str, Any] = {"rounded": sqnr(expected, outputs(model, [rounded(batch) for batch in others]))}
+    row = {} if seed else _memory(model, batches[0])
+    start = time.process_time()
+    prepared = fxq.prepare(model, batches[0])
+    took = time.process_time() - start
+    fxq.calibrate(prepared, batches, forward_fn=call, progress=False)
+    start = time.process_time()
+    qmodel = fxq.convert(prepared)
+    run["seconds"] = took + time.process_time() - start
+    del prepared
+    actual = outputs(qmodel, others)
+    run["sqnr"] = sqnr(expected, actual)
+    run["cosine"] = torch.nn.functional.cosine_similarity(expected.double(), actual.double(), dim=0).item()
+    row |= {"model": name, "status": _status(qmodel), **_shares(qmodel)}
+    del qmodel
     if peer:
-        del qmodel
-        row["torch_ao"] = _torch_ao(model, batches, expected)
-    row["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-    return row
+        run |= _torch_ao(model, batches, others, expected)
+    return row, run
+
+
+def call(model: nn.Module, batch: tuple[Any, ...]) -> Any:
+    """A batch is the model's arguments."""
+    return model(*batch)
+
+
+def _status(qmodel: nn.Module) -> str:
+    found = regions_of(qmodel)
+    inside = f" and {len(found) - 1} regions" if len(found) > 1 else ""
+    return f"whole{inside}" if "" in found else f"{len(found)} regions"
+
+
+def _memory(model: nn.Module, batch: tuple[Any, ...]) -> dict[str, float]:
+    """Peak of quantize in one call, the float model included, less one float forward pass, over the float model."""
+    fxq.quantize(nn.Sequential(nn.Conv2d(3, 3, 3)).eval(), [torch.rand(1, 3, 8, 8)], progress=False)
+    size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    forward = _peak(lambda: call(model, batch))
+    whole = _peak(lambda: fxq.quantize(model, [batch], example_inputs=batch, forward_fn=call, progress=False))
+    return {"memory": round((size + whole - forward) / size, 2), "mib": round(size / 2**20, 1)}
+
+
+def _peak(action: Callable[[], Any]) -> int:
+    """The most bytes of memory that this process holds more while an action runs."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = _resident()
+    with _watching() as most, torch.no_grad():
+        action()
+    return max(most) - before
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@contextmanager
+def _watching() -> Iterator[list[int]]:
+    found, done = [_resident()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            found.append(_resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
 
 
 def _shares(qmodel: nn.Module) -> dict[str, Any]:
@@ -135,33 +245,40 @@ def _shares(qmodel: nn.Module) -> dict[str, Any]:
     }
 
 
-def _torch_ao(model: nn.Module, batches: list[tuple[Any, ...]], expected: Any) -> float | str:
-    """SQNR of torch.ao's result, or the kind of error it ends with."""
+def _torch_ao(model: nn.Module, batches: list[Any], others: list[Any], expected: torch.Tensor) -> dict[str, Any]:
+    """SQNR of torch.ao's result and CPU seconds, or the kind of error it ends with."""
     try:
         with torch.no_grad():
+            start = time.process_time()
             prepared = prepare_torch_ao(model, batches[0])
-            for batch in batches[:2]:
+            took = time.process_time() - start
+            for batch in batches:
                 prepared(*batch)
-            return sqnr(tensors_of(expected), tensors_of(convert_torch_ao(prepared)(*batches[2])))
+            start = time.process_time()
+            converted = convert_torch_ao(prepared)
+            took += time.process_time() - start
+            return {"torch_ao": sqnr(expected, outputs(converted, others)), "torch_ao_seconds": took}
     except Exception as error:
-        return f"fails: {type(error).__name__}"
+        return {"torch_ao": f"fails: {type(error).__name__}", "torch_ao_seconds": None}
 
 
-def run_all(results: Path, names: list[str], seconds: int, gib: float, peer: bool) -> None:
+def run_all(results: Path, names: list[str], options: argparse.Namespace) -> None:
     """Measure each model that ``results`` lacks in a process of its own, bounded in time and memory."""
     done = {row["model"] for row in read(results)}
     for name in names:
         if name in done:
             continue
-        command = [sys.executable, __file__, "--model", name, *(["--peer"] if peer else [])]
+        command = [sys.executable, __file__, "--model", name, "--seeds", str(options.seeds)]
+        command += ["--seed-seconds", str(options.seed_seconds), *(["--peer"] if options.peer else [])]
         try:
             run = subprocess.run(
-                command, capture_output=True, text=True, timeout=seconds, preexec_fn=lambda: _limit_memory(gib)
-            )
+                command, capture_output=True, text=True, timeout=options.seconds,
+                preexec_fn=lambda: _limit_memory(options.gib),
+            )  # fmt: skip
             lines = run.stdout.strip().splitlines()
             row = json.loads(lines[-1]) if run.returncode == 0 else _failed(name, run.stderr.strip().splitlines()[-1])
         except subprocess.TimeoutExpired:
-            row = _failed(name, f"took more than {seconds} seconds")
+            row = _failed(name, f"took more than {options.seconds} seconds")
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(name, row["status"], row.get("int8_percent"), row.get("sqnr"), row.get("torch_ao"), flush=True)
@@ -183,20 +300,25 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]], style: str) -> str:
     """The table that docs/ shows."""
-    headers = ["model", "traced", "int8 MACs %", "SQNR dB", "torch.ao dB", "float nodes", "weights", "seconds"]
+    headers = [
+        "model", "traced", "int8 MACs %", "SQNR dB", "torch.ao dB", "cosine", "rounded input dB", "float nodes",
+        "weights", "seconds", "torch.ao seconds", "memory", "seeds",
+    ]  # fmt: skip
     lines = [
         [
-            row["model"], row["status"], row.get("int8_percent", ""), _decibels(row.get("sqnr")),
-            _decibels(row.get("torch_ao")), _reasons(row.get("float_nodes", {})),
-            f"{row['size_ratio']}x smaller" if row.get("size_ratio") else "", row.get("seconds", ""),
+            row["model"], row["status"], row.get("int8_percent", ""), _number(row.get("sqnr"), 1),
+            _number(row.get("torch_ao"), 1), _number(row.get("cosine"), 4), _number(row.get("rounded"), 1),
+            _reasons(row.get("float_nodes", {})), f"{row['size_ratio']}x smaller" if row.get("size_ratio") else "",
+            _number(row.get("seconds"), 1), _number(row.get("torch_ao_seconds"), 1),
+            f"{row['memory']}x" if "memory" in row else "", row.get("seeds", ""),
         ]
         for row in sorted(rows, key=lambda row: str(row["model"]))
     ]  # fmt: skip
     return tabulate(lines, headers, tablefmt=style, disable_numparse=True)
 
 
-def _decibels(value: float | str | None) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else value or ""
+def _number(value: float | str | None, digits: int) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, float) else value or ""
 
 
 def _reasons(reasons: dict[str, int]) -> str:
@@ -210,19 +332,21 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=None, help="only these")
     parser.add_argument("--results", type=Path, default=Path("coverage.jsonl"))
     parser.add_argument("--markdown", type=Path, help="write the table of the results to this file and stop")
+    parser.add_argument("--seeds", type=int, default=3, help="sets of weights and data, fewer for large models")
+    parser.add_argument("--seed-seconds", type=float, default=60, help="begin no other seed of a model after these")
     parser.add_argument("--seconds", type=int, default=900, help="limit of one model")
     parser.add_argument("--gib", type=float, default=20.0, help="limit of address space of one model")
     parser.add_argument("--peer", action="store_true", help="run torch.ao FX on the same model and data")
     options = parser.parse_args()
     if options.model:
-        print(json.dumps(measure(options.model, options.peer)))
+        print(json.dumps(measure(options.model, options.peer, options.seeds, options.seed_seconds)))
     elif options.markdown:
-        text = "# Every torchvision model, in one call\n\n" + (__doc__ or "").partition("\n\n    python")[0]
-        notes = (__doc__ or "").rpartition("\n\n")[2]
-        table_text = table(read(options.results), "github")
-        options.markdown.write_text(f"{text}\n\n{notes.strip()}\n\n{table_text}\n")
+        title, _, rest = (__doc__ or "").partition("\n\n    python")
+        notes = rest.partition("\n\n")[2].strip()
+        text = f"# Every torchvision model, in one call\n\n{title}\n\n{notes}"
+        options.markdown.write_text(f"{text}\n\n{table(read(options.results), 'github')}\n")
     else:
-        run_all(options.results, options.models or model_names(), options.seconds, options.gib, options.peer)
+        run_all(options.results, options.models or model_names(), options)
         print(table(read(options.results), "simple"))
 
 

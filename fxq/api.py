@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,7 @@ from fxq.calibration import ForwardFn, calibrate, example_inputs_of, iterate
 from fxq.config import QConfig, QConfigMapping
 from fxq.engine import require_engine
 from fxq.errors import CalibrationError, FxqWarning, StageError
-from fxq.graph_module import BACKEND, QuantModule, copy_module
+from fxq.graph_module import BACKEND, QuantModule, copy_module, transformed_copy
 from fxq.learned_rounding import learn_rounding
 from fxq.measures import Metric
 from fxq.mixed_precision import TARGET_SAMPLES, Budget, KeepFirst, within_budget
@@ -110,10 +110,12 @@ def quantize(
             model, prepared, data.first, budget,
             convert=convert_to_reference, lower=convert, forward_fn=forward_fn, progress=progress,
         )  # fmt: skip
-    reference = _to_reference(prepared, stacklevel=4)
     if preset.refines:
         options = {"samples": SAMPLES, "forward_fn": forward_fn, "progress": progress}
-        reference = _refined(reference, prepared, data.first, preset, options)
+        reference = _refined(_to_reference(prepared, stacklevel=4), prepared, data.first, preset, options)
+    else:
+        reference = _to_reference(prepared, stacklevel=4, region_to_reference=_become_reference)
+    del prepared  # or its float weights, which went one by one
     return _lowered(reference)
 
 
@@ -218,9 +220,11 @@ def convert_to_reference(prepared: nn.Module) -> nn.Module:
     return _to_reference(prepared, stacklevel=4)
 
 
-def _to_reference(prepared: nn.Module, stacklevel: int) -> nn.Module:
+def _to_reference(
+    prepared: nn.Module, stacklevel: int, region_to_reference: Callable[[QuantModule], QuantModule] | None = None
+) -> nn.Module:
     _require_data(regions_of(prepared, Stage.PREPARED).values())
-    reference = map_regions(prepared, _region_to_reference)
+    reference = map_regions(prepared, region_to_reference or _region_to_reference)
     _warn_never_observed(reference, stacklevel)
     return reference
 
@@ -236,14 +240,20 @@ def _require_data(regions: Iterable[QuantModule]) -> None:
 
 
 def _region_to_reference(prepared: QuantModule) -> QuantModule:
-    table: Backend = prepared.meta[BACKEND]
-    reference = copy_module(prepared)
-    if TRAINABLE in prepared.plan.properties:
-        reference.eval().cpu().float()  # it may have trained elsewhere and in another precision
-        Pipeline([FinishTraining(training_rows()), FoldBatchNorm(table.dictionary)])(reference)
-    Pipeline([ToReference(table, table.dictionary), AbsorbClamp(table.dictionary), SimplifyQDQ()])(reference)
-    reference.plan.stage = Stage.REFERENCE
-    return reference
+    if TRAINABLE in prepared.plan.properties:  # training's end writes to tensors
+        return _become_reference(copy_module(prepared))
+    return transformed_copy(prepared, _become_reference)
+
+
+def _become_reference(module: QuantModule) -> QuantModule:
+    table: Backend = module.meta[BACKEND]
+    if TRAINABLE in module.plan.properties:
+        module.eval().cpu().float()  # it may have trained elsewhere and in another precision
+        Pipeline([FinishTraining(training_rows()), FoldBatchNorm(table.dictionary)])(module)
+    Pipeline([ToReference(table, table.dictionary), AbsorbClamp(table.dictionary), SimplifyQDQ()])(module)
+    module.release_unused()
+    module.plan.stage = Stage.REFERENCE
+    return module
 
 
 def _warn_never_observed(reference: nn.Module, stacklevel: int) -> None:

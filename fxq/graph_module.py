@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,6 +53,13 @@ class QuantModule(fx.GraphModule):
             if explanation is None:
                 raise
             raise InputError(explanation) from error
+
+    def release_unused(self) -> None:
+        """Drop modules that no node calls and tensors that no node reads; linear in the size of the graph."""
+        called = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
+        read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        around = {path[:end] for path in called | read for end, letter in enumerate(path) if letter == "."}
+        _release(self, "", called, read, around)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantModule:
         # Packed weights never change, and copying one would pack it again under whatever engine is set.
@@ -116,6 +123,20 @@ class QuantModule(fx.GraphModule):
         training, graph = self.training, other.graph
         self.__dict__ = {name: value for name, value in vars(other).items() if name not in ("_graph", "training")}
         self.training, self.graph = training, graph
+
+
+def _release(owner: nn.Module, prefix: str, called: set[str], read: set[str], around: set[str]) -> None:
+    for table in (owner._parameters, owner._buffers):
+        for name in [name for name in table if prefix + name not in read]:
+            del table[name]
+    for name, child in list(owner._modules.items()):
+        path = prefix + name
+        if path in called:
+            continue
+        if child is not None and path in around:
+            _release(child, f"{path}.", called, read, around)
+        else:
+            del owner._modules[name]
 
 
 class Tensors(nn.Module):
@@ -196,6 +217,23 @@ def copy_module(module: QuantModule) -> QuantModule:
     return copy.deepcopy(module)
 
 
+def transformed_copy(module: QuantModule, transform: Callable[[QuantModule], object]) -> QuantModule:
+    """What ``transform`` makes of a copy of a module; only the tensors that remain afterwards are copied.
+
+    Args:
+        transform: changes the copy in place; may replace tensors, but not write to them.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    made = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    transform(made)
+    memo: dict[int, Any] = {}
+    shared = {id(tensor) for tensor in tensors}
+    for path, tensor in [*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False)]:
+        if id(tensor) in shared:
+            set_tensor(made, path, copy.deepcopy(tensor, memo))
+    return made
+
+
 def _restored(name: str, records: list[Record], state: dict[str, Any]) -> QuantModule:
     """The inverse of :meth:`QuantModule.__reduce__`."""
     module = QuantModule(nn.Module(), fx.Graph(), name)
@@ -205,9 +243,12 @@ def _restored(name: str, records: list[Record], state: dict[str, Any]) -> QuantM
 
 
 def _relowered(reference: QuantModule, table: Any, engines: Mapping[str, str]) -> QuantModule:
-    from fxq.passes.lower import lower  # which is written in terms of this module
+    from fxq.partition import map_regions  # which are written in terms of this module
+    from fxq.passes.lower import lower
 
-    return lower(reference, table, engines)
+    lowered = map_regions(reference, lambda region: lower(region, table, engines if region is reference else {}))
+    assert isinstance(lowered, QuantModule)
+    return lowered
 
 
 def _require_float32(module: QuantModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

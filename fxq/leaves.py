@@ -17,6 +17,8 @@ from fxq.config import qualified_name
 from fxq.copying import copy_structure
 from fxq.errors import ConfigError, FileFormatError
 from fxq.graph_json import decode_value, encode_value
+from fxq.graph_module import QuantModule
+from fxq.partition import replace_regions
 
 # Layers whose attributes are named like the arguments they were made with.
 REBUILT: tuple[type[nn.Module], ...] = (
@@ -55,19 +57,26 @@ def _argument(module: nn.Module, name: str) -> Any:
 
 
 def decode_leaf(
-    record: Mapping[str, Any], path: str, tensors: Mapping[str, torch.Tensor], model: nn.Module | None
+    record: Mapping[str, Any],
+    path: str,
+    tensors: Mapping[str, torch.Tensor],
+    model: nn.Module | None,
+    inside: Mapping[str, QuantModule],
 ) -> nn.Module:
     """A leaf module with the tensors of a file.
 
     Args:
         path: where it stands in the user's model.
         model: gives the modules that a file cannot.
+        inside: regions in the module, by their path in it.
 
     Raises:
         ConfigError: if the model lacks it, or none is given.
         FileFormatError: for anything :func:`encode_leaf` would not have made.
     """
     name = record["class"]
+    if inside:
+        return replace_regions(_from_model(name, path, model), inside, tensors)
     module = _from_model(name, path, model) if record["arguments"] is None else _rebuilt(record, tensors)
     wanted, given = ({key: t.shape for key, t in state.items()} for state in (module.state_dict(), tensors))
     if wanted != given:

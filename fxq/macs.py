@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from fxq.ops import CONV_TRANSPOSES, Op
+from fxq.ops import CONV_TRANSPOSES, CONVS, LINEAR, Op
 
-_CONV_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED_MODULES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = {op.target: op for op in (*CONVS, *CONV_TRANSPOSES, LINEAR)}
 
 
 def count_macs(weight: torch.Tensor, x: torch.Tensor, out: torch.Tensor, transposed: bool) -> int:
@@ -26,23 +27,63 @@ def node_macs(op: Op, arguments: tuple[Any, ...], out: torch.Tensor) -> int:
     return count_macs(arguments[op.index(str(op.weight))], arguments[0], out, op in CONV_TRANSPOSES)
 
 
+def attention_macs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, embed_dim: int) -> int:
+    """Multiply-accumulates of the four projections of ``F.multi_head_attention_forward``."""
+    return embed_dim * (2 * query.numel() + key.numel() + value.numel())
+
+
+class Counter(TorchFunctionMode):
+    """While open, adds up the multiply-accumulates of convs and linears, also of those inside attention.
+
+    Attributes:
+        path: where what is found is added.
+        found: multiply-accumulates by path.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path = ""
+        self.found: dict[str, int] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in _LAYERS:
+            op = _LAYERS[func]
+            values = op.signature.bind(args, kwargs)
+            if values is not None:
+                self._add(node_macs(op, op.arguments(values)[0], out))
+        elif func is F.multi_head_attention_forward:
+            given = dict(zip(("query", "key", "value", "embed_dim_to_check"), args, strict=False)) | kwargs
+            self._add(attention_macs(given["query"], given["key"], given["value"], given["embed_dim_to_check"]))
+        return out
+
+    def _add(self, macs: int) -> None:
+        self.found[self.path] = self.found.get(self.path, 0) + macs
+
+
 @contextmanager
 def counting(module: nn.Module) -> Iterator[dict[str, int]]:
-    """While open, adds up the multiply-accumulates of each conv and linear module inside ``module``, by path."""
-    found: dict[str, int] = {}
+    """While open, adds up the multiply-accumulates of convs and linears inside ``module``, by the module's path."""
+    counter = Counter()
+    around: list[str] = []
     handles = []
-    for path, layer in module.named_modules():
-        if isinstance(layer, (*_CONV_MODULES, *_TRANSPOSED_MODULES, nn.Linear)):
+    for path, part in module.named_modules():
 
-            def add(layer: nn.Module, args: tuple[Any, ...], out: Any, path: str = path) -> None:
-                transposed = isinstance(layer, _TRANSPOSED_MODULES)
-                weight = layer.weight
-                assert isinstance(weight, torch.Tensor)
-                found[path] = found.get(path, 0) + count_macs(weight, args[0], out, transposed)
+        def enter(_: nn.Module, __: Any, path: str = path) -> None:
+            around.append(counter.path)
+            counter.path = path
 
-            handles.append(layer.register_forward_hook(add))
+        def leave(_: nn.Module, __: Any, ___: Any) -> None:
+            counter.path = around.pop()
+
+        handles.append(part.register_forward_pre_hook(enter))
+        handles.append(part.register_forward_hook(leave))
     try:
-        yield found
+        with counter:
+            yield counter.found
     finally:
         for handle in handles:
             handle.remove()

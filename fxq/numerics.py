@@ -16,6 +16,7 @@ from fxq.spec import QParams, QuantSpec
 # Smallest scale handed to a kernel. Far below any real activation, far enough above the smallest normal
 # float32 that products of two scales and the reciprocal of one stay finite and normal.
 MIN_SCALE = 2.0**-60
+_CHUNK = 1 << 21  # elements quantized at a time
 
 
 def choose_qparams(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> QParams:
@@ -71,6 +72,18 @@ def quantize(x: torch.Tensor, qparams: QParams, spec: QuantSpec) -> torch.Tensor
     """
     inverse = _broadcast(1.0 / qparams.scale, x, spec.ch_axis)
     zero_point = _broadcast(qparams.zero_point, x, spec.ch_axis)
+    if x.numel() <= _CHUNK:
+        return _rounded(x, inverse, zero_point, spec)
+    q = torch.empty_like(x, dtype=spec.dtype)
+    rows = max(1, _CHUNK * x.shape[0] // x.numel())
+    for start in range(0, x.shape[0], rows):  # part by part: temporaries of a large weight would double the memory
+        part = slice(start, start + rows)
+        own, at = (v[part] if v.dim() and v.shape[0] > 1 else v for v in (inverse, zero_point))
+        q[part] = _rounded(x[part], own, at, spec)
+    return q
+
+
+def _rounded(x: torch.Tensor, inverse: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     return torch.clamp(torch.round(x * inverse) + zero_point, spec.quant_min, spec.quant_max).to(spec.dtype)
 
 

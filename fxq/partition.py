@@ -1,13 +1,17 @@
-"""Models that cannot be traced as a whole: their largest traceable submodules are quantized in place.
+"""What cannot be traced as a whole: its largest traceable submodules are quantized in place.
 
 A detection model loops over images and boxes, but its backbone and heads are plain networks. Each of these
 becomes a *region*, a :class:`~fxq.graph_module.QuantModule` in the place of the submodule, in a copy of the model
 that is called like the original. Regions are prepared with the inputs they really get when the whole model runs.
+
+The same happens to a submodule that cannot be traced inside a model that can: it stays a float leaf of the graph, and
+what is traceable in it becomes regions of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +22,14 @@ from fxq.copying import copy_structure
 from fxq.errors import ConfigError, FxqError, InputError, StageError, TraceError
 from fxq.graph_module import REFERENCE, QuantModule
 from fxq.macs import counting
-from fxq.plan import Stage
+from fxq.plan import EXCLUDED, Stage
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 PrepareRegion = Callable[[nn.Module, Inputs, str], QuantModule]
 
 _ATTRIBUTE = "_fxq_partition"
+# Modules that do not call the layers inside but read their weights: nothing inside can become a region.
+_READ_THEIR_PARTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,12 @@ def partition_of(model: nn.Module) -> Partition | None:
 
 
 def regions_of(model: nn.Module, *stages: Stage) -> dict[str, QuantModule]:
-    """The regions of a model by module path; a model that is one region is at path ``""``.
+    """The regions of a model by module path; a model that was traced as a whole is at path ``""``.
 
     Raises:
         StageError: if the model was not made by fxq or is at none of ``stages``.
     """
-    if isinstance(model, QuantModule):
-        regions = {"": model}
-    elif partition_of(model) is not None:
+    if isinstance(model, QuantModule) or partition_of(model) is not None:
         regions = {path: module for path, module in model.named_modules() if isinstance(module, QuantModule)}
     else:
         raise StageError(
@@ -68,17 +72,58 @@ def regions_of(model: nn.Module, *stages: Stage) -> dict[str, QuantModule]:
     return regions
 
 
+def left_in(model: nn.Module) -> dict[str, str]:
+    """Why modules of a model were not traced, by path: those outside of regions, and float leaves inside."""
+    partition = partition_of(model)
+    left = dict(partition.left) if partition else {}
+    for path, region in regions_of(model).items():
+        left |= {join(path, leaf): why for leaf, why in region.plan.untraceable.items()}
+    return left
+
+
+def join(path: str, inner: str) -> str:
+    """``a.b`` for ``a`` and ``b``, either of which may be empty."""
+    return f"{path}.{inner}" if path and inner else path or inner
+
+
 def map_regions(model: nn.Module, transform: Callable[[QuantModule], nn.Module]) -> nn.Module:
-    """A copy of a model with each region replaced by what ``transform`` makes of it."""
-    if isinstance(model, QuantModule):
-        return transform(model)
-    replaced: dict[int, Any] = {id(region): transform(region) for region in regions_of(model).values()}
+    """A copy of a model with each region replaced by what ``transform`` makes of it; the model itself if each becomes
+    itself.
+    """
+    if not isinstance(model, QuantModule):
+        regions_of(model)
+        return _map_inside(model, transform)
+    made = transform(model)
+    if not isinstance(made, QuantModule):
+        return made
+    for path in {str(node.target) for node in made.graph.nodes if node.op == "call_module"}:
+        leaf = made.get_submodule(path)
+        mapped = _map_inside(leaf, transform)
+        if mapped is not leaf:
+            parent, _, name = path.rpartition(".")
+            setattr(made.get_submodule(parent), name, mapped)
+    return made
+
+
+def _map_inside(model: nn.Module, transform: Callable[[QuantModule], nn.Module]) -> nn.Module:
+    """A copy of a float module with the regions inside it mapped; the module itself where that changes none."""
+    outermost = _outermost_regions(model)
+    replaced: dict[int, Any] = {id(region): map_regions(region, transform) for region in outermost}
+    if all(replaced[id(region)] is region for region in outermost):
+        return model
     return copy_structure(model, replaced)
+
+
+def _outermost_regions(model: nn.Module) -> list[QuantModule]:
+    found = []
+    for child in model.children():
+        found += [child] if isinstance(child, QuantModule) else _outermost_regions(child)
+    return found
 
 
 def region_inputs(model: nn.Module, inputs: Inputs) -> dict[int, Inputs]:
     """What each region is called with first when the whole model runs on ``inputs``, by the region's id."""
-    if isinstance(model, QuantModule):
+    if isinstance(model, QuantModule) and len(regions_of(model)) == 1:
         return {id(model): inputs}
     seen: dict[int, Inputs] = {}
 
@@ -112,13 +157,13 @@ def reference_of(model: nn.Module) -> nn.Module:
 
 
 def state_outside(model: nn.Module) -> dict[str, Any]:
-    """The part of a partitioned model's state dict that is not its regions'."""
+    """The part of a module's state dict that is not that of regions inside."""
     inside = tuple(f"{p}." for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantModule))
     return {name: value for name, value in model.state_dict().items() if not name.startswith(inside)}
 
 
 def replace_regions(
-    model: nn.Module, regions: Mapping[str, QuantModule], partition: Partition, outside: Mapping[str, torch.Tensor]
+    model: nn.Module, regions: Mapping[str, QuantModule], outside: Mapping[str, torch.Tensor]
 ) -> nn.Module:
     """A copy of a float model with regions in the places of submodules, and with the tensors of ``outside``.
 
@@ -135,7 +180,6 @@ def replace_regions(
             raise ConfigError(f"'{path}' is a {type(module).__name__} of the given model, not a {region.plan.model}")
         replaced[id(module)] = region
     clone = copy_structure(model, replaced).eval()
-    clone.__dict__[_ATTRIBUTE] = partition
     state = state_outside(clone)
     shapes, wanted = ({name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (state, outside))
     if shapes != wanted:
@@ -144,6 +188,11 @@ def replace_regions(
     for name, tensor in state.items():
         tensor.copy_(outside[name])
     return clone
+
+
+def set_partition(model: nn.Module, partition: Partition) -> None:
+    """Mark a model as one that was quantized in regions."""
+    model.__dict__[_ATTRIBUTE] = partition
 
 
 def prepare_partition(
@@ -170,31 +219,77 @@ def prepare_partition(
         raise reason
     inside = tuple(f"{path}." for path in regions)
     left_macs = sum(count for path, count in macs.items() if not f"{path}.".startswith(inside))
-    clone.__dict__[_ATTRIBUTE] = Partition(reason.statement, left, left_macs)
+    set_partition(clone, Partition(reason.statement, left, left_macs))
     return clone
 
 
 def _first_inputs(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Inputs], dict[str, int]]:
     """The inputs of each submodule's first call when the model runs on its example inputs, and each layer's work."""
+    try:
+        with torch.no_grad(), recording(model) as (seen, macs):
+            model(*inputs[0], **inputs[1])
+    except FxqError:
+        raise
+    except Exception as error:
+        raise InputError(f"the model fails on the example inputs: {type(error).__name__}: {error}") from error
+    return seen, macs
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[tuple[dict[str, Inputs], dict[str, int]]]:
+    """While open, collects the inputs of the first call of each submodule with weights, and multiply-accumulates."""
     seen: dict[str, Inputs] = {}
     handles = []
     for path, module in model.named_modules():
+        if not _has_weights(module):
+            continue
 
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
             seen.setdefault(path, (args, kwargs))
 
         handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
     try:
-        with torch.no_grad(), counting(model) as macs:
-            model(*inputs[0], **inputs[1])
-    except FxqError:
-        raise
-    except Exception as error:
-        raise InputError(f"the model fails on the example inputs: {type(error).__name__}: {error}") from error
+        with counting(model) as macs:
+            yield seen, macs
     finally:
         for handle in handles:
             handle.remove()
-    return seen, macs
+
+
+def leaves_to_search(module: QuantModule) -> dict[str, nn.Module]:
+    """The float modules that a graph calls and that have modules with weights inside, by path."""
+    found = {str(node.target): module.get_submodule(str(node.target)) for node in module.graph.nodes
+             if node.op == "call_module"}  # fmt: skip
+    return {
+        path: leaf
+        for path, leaf in found.items()
+        if not isinstance(leaf, _READ_THEIR_PARTS) and any(map(_has_weights, leaf.children()))
+    }
+
+
+def prepare_leaves(
+    module: QuantModule, seen: Mapping[str, Inputs], macs: Mapping[str, int], prepare_region: PrepareRegion
+) -> None:
+    """Prepare the largest traceable submodules of the float modules that a prepared graph calls.
+
+    Args:
+        module: changed in place.
+        seen, macs: recorded while it ran on its example inputs; see :func:`recording`.
+        prepare_region: as for :func:`prepare_partition`; gets paths as seen from ``module``.
+    """
+    plan = module.plan
+    left: dict[str, str] = {}
+    search = _Search(module, seen, left, prepare_region)
+    for path, leaf in leaves_to_search(module).items():
+        nodes = [node.name for node in module.graph.nodes if node.op == "call_module" and node.target == path]
+        if any(plan.decisions[name].reason == EXCLUDED for name in nodes) or not search.inside(leaf, path):
+            continue
+        done = tuple(f"{region}." for region, part in leaf.named_modules(prefix=path) if isinstance(part, QuantModule))
+        inside = {part: count for part, count in macs.items() if f"{part}.".startswith(f"{path}.")}
+        remain = sum(count for part, count in inside.items() if not f"{part}.".startswith(done))
+        for name in nodes:
+            plan.macs[name] = plan.macs[name] * remain // max(sum(inside.values()), 1)
+    plan.untraceable.update(left)
 
 
 class _Search:
@@ -219,7 +314,7 @@ class _Search:
         for name, child in module._modules.items():
             if child is None or isinstance(child, QuantModule) or not _has_weights(child):
                 continue
-            child_path = f"{path}.{name}" if path else name
+            child_path = join(path, name)
             if id(child) not in self.done:  # a module of two names is one region
                 found |= self._child(child, child_path)
             region = self.done[id(child)][1]
@@ -238,6 +333,8 @@ class _Search:
                 region = self.prepare_region(child, inputs, path)
             except TraceError as error:
                 self.left[path] = error.statement
+                if isinstance(child, _READ_THEIR_PARTS):
+                    return False
             else:
                 region.plan.attributes.update(_plain_attributes(child))
                 self.done[id(child)] = child, region

@@ -56,6 +56,7 @@ OWN_FORWARD = Reason("own-forward", "a subclass with its own forward")
 ISLAND = Reason("island", "only float ops around it, where int8 would only add quantize and dequantize")
 AT_EXIT = Reason("at-exit", "averages what leaves int8 here anyway, in float without rounding")
 ATTENTION = Reason("attention", "attention scores and softmax need more than 8 bits")
+WHOLE_ATTENTION = Reason("whole-attention", "attention that cannot be taken apart, its projections included")
 DYNAMIC_WEIGHT = Reason("dynamic-weight", "its weight is computed at run time")
 NEVER_OBSERVED = Reason("never-observed", "its observer saw no data while calibrating")
 OPTIONS = Reason("options", "the int8 kernel does not support these arguments")
@@ -190,7 +191,7 @@ class QuantPlan:
         model: class name of the user's model.
         attributes: plain attributes of the user's module, which code around it may read.
         weight_bytes: bytes of the quantized weights as float32 and as integers with their qparams.
-        untraceable: reason for each float leaf module that could not be traced.
+        untraceable: reason for each float module inside that could not be traced, by path.
         equalized: layers scaled against each other; comparing with the float model needs to know.
         statistics: of the layers that a BatchNorm was folded into; not kept in files.
     """
@@ -239,14 +240,6 @@ class QuantPlan:
         self.decisions.update(dict.fromkeys(names, float_decision(reason, detail)))
         self.specs = {slot: spec for slot, spec in self.specs.items() if slot.node not in names}
         self.groups = {slot: group for slot, group in self.groups.items() if slot.node not in names}
-
-    def blocked_macs(self) -> dict[str, int]:
-        """Multiply-accumulates inside modules that could not be traced, by node."""
-        return {
-            name: macs
-            for name, macs in self.macs.items()
-            if macs and name in self.decisions and self.decisions[name].reason == UNTRACEABLE
-        }
 
     def forget(self, name: str) -> None:
         """Drop what is known of a node that a pass erased."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from fxq.config import ResolvedConfig, qualified_name
 from fxq.errors import TraceError
 from fxq.graph_module import BACKEND, QuantModule
 from fxq.op_table import Backend
-from fxq.partition import Inputs, prepare_partition
+from fxq.partition import Inputs, join, leaves_to_search, prepare_leaves, prepare_partition, recording
 from fxq.pass_base import Pass, Pipeline
 from fxq.passes.annotate import Annotate
 from fxq.passes.canonicalize import Canonicalize
@@ -27,7 +29,7 @@ from fxq.passes.qat_conv_bn import AttachBatchNorm, DetachBatchNorm, Records
 from fxq.passes.record_facts import RecordFacts
 from fxq.passes.rewrite_scalars import RewriteScalars
 from fxq.passes.share_qparams import ShareQParams
-from fxq.plan import Origin, QuantPlan, Stage
+from fxq.plan import EXCLUDED, Origin, QuantPlan, Stage, float_decision
 from fxq.tracing import trace
 from fxq.training_table import training_table
 
@@ -96,10 +98,10 @@ def prepare_model(
 
     def region(module: nn.Module, its_inputs: Inputs, path: str) -> QuantModule:
         around = tuple(qualified_name(type(model.get_submodule(outer))) for outer in _ancestors(path))
-        prepared = _prepare_region(module, its_inputs, path, around, table, config, known, training, equalize)
-        blocked = prepared.plan.blocked_macs() if path else {}
-        if blocked:  # what is inside may be traceable piece by piece
-            raise TraceError(f"it calls '{next(iter(blocked))}', which cannot be traced")
+        prepared, seen, macs = _prepare_region(
+            module, its_inputs, path, around, table, config, known, training, equalize
+        )
+        prepare_leaves(prepared, seen, macs, lambda part, given, inner: region(part, given, join(path, inner)))
         return prepared
 
     try:
@@ -129,8 +131,9 @@ def _prepare_region(
     known: list[tuple[Origin, str]],
     training: bool,
     equalize: bool,
-) -> QuantModule:
-    module, untraceable = trace(model, *inputs, follow_mode=training)
+) -> tuple[QuantModule, Mapping[str, Inputs], Mapping[str, int]]:
+    """A prepared region, with what its float modules got and did on the example inputs."""
+    module, untraceable = trace(model, *inputs, follow_mode=training, share=bool(path))  # parts are of a copy
     plan = QuantPlan(table.name, notes=list(table.notes), model=type(model).__name__, untraceable=untraceable)
     module.meta["fxq"] = plan
     module.meta[BACKEND] = table
@@ -141,13 +144,23 @@ def _prepare_region(
     for node in module.graph.nodes:
         op = ops.op_of(node)
         known.append((plan.origin(node.name), op.name if op else ""))
+        if node.op == "call_module" and config.lookup(plan.origin(node.name), "") is None:
+            plan.decisions[node.name] = float_decision(EXCLUDED)
     if training:
-        Pipeline(prepare_training_passes(table, config, inputs, model))(module)
-        plan.properties.add(TRAINABLE)
+        passes = Pipeline(prepare_training_passes(table, config, inputs, model))
     else:
-        Pipeline(prepare_passes(table, config, inputs, equalize))(module)
+        passes = Pipeline(prepare_passes(table, config, inputs, equalize))
+    seen: Mapping[str, Inputs] = {}
+    macs: Mapping[str, int] = {}
+    if leaves_to_search(module):
+        with recording(module) as (seen, macs):
+            passes(module)
+    else:
+        passes(module)
+    if training:
+        plan.properties.add(TRAINABLE)
     plan.stage = Stage.PREPARED
-    return module
+    return module, seen, macs
 
 
 def _inside(path: str, around: tuple[str, ...], origin: Origin) -> Origin:

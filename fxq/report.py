@@ -13,10 +13,11 @@ from fxq.backends import BACKENDS, get_backend
 from fxq.engine import available_engines
 from fxq.graph_module import QuantModule
 from fxq.op_table import Backend, Fixed, OpRow, Weights
-from fxq.partition import Partition, partition_of, regions_of
+from fxq.partition import Partition, left_in, partition_of, regions_of
 from fxq.plan import SENSITIVE, Stage
 from fxq.records import graph_records, observer_records
 
+_WHOLE = "(the model)"
 _HEAVY = ("conv", "linear")
 _KEPT = f"{SENSITIVE.text}: "
 
@@ -57,6 +58,8 @@ def summary(model: nn.Module) -> str:
         rows.append(["quantize / dequantize nodes", f"{quantizes} / {conversions['dequantize']}"])
     if partition is not None:
         rows.insert(1, ["regions", f"{len(regions)}: the model cannot be traced as a whole, these parts of it can"])
+    elif len(regions) > 1:
+        rows.insert(1, ["regions", f"{len(regions)}: the model, and parts of the modules in it that cannot be traced"])
     before, after = (sum(region.plan.weight_bytes[i] for region in regions.values()) for i in (0, 1))
     if before:
         rows.append(["quantized weights", f"{_size(before)} float -> {_size(after)} int8"])
@@ -68,15 +71,16 @@ def summary(model: nn.Module) -> str:
     kept = [[r["node"], r["op"], r["reason"].removeprefix(_KEPT)] for r in records if r["reason"].startswith(_KEPT)]
     if kept:
         text += "\n\n" + table(kept, [SENSITIVE.text, "op", "what it costs"], [36, 18, 60])
-    if partition is not None:
-        text += "\n\n" + _partition_table(regions, partition)
+    if partition is not None or len(regions) > 1:
+        text += "\n\n" + _partition_table(model, regions, partition)
     return text
 
 
-def _partition_table(regions: Mapping[str, QuantModule], partition: Partition) -> str:
-    rows = [[path, region.plan.model, "int8 region", ""] for path, region in regions.items()]
-    rows += [[path, "", "float", why] for path, why in partition.left.items()]
-    rows.append(["(the model)", "", "as it was", partition.reason])
+def _partition_table(model: nn.Module, regions: Mapping[str, QuantModule], partition: Partition | None) -> str:
+    rows = [[path or _WHOLE, region.plan.model, "int8 region", ""] for path, region in regions.items()]
+    rows += [[path, "", "float", why] for path, why in left_in(model).items()]
+    if partition is not None:
+        rows.append([_WHOLE, "", "as it was", partition.reason])
     return table(rows, ["module", "type", "became", "because"], [30, 24, None, 50])
 
 
@@ -116,7 +120,7 @@ def _by_region(records: list[dict[str, Any]], table: Callable[[list[dict[str, An
         regions.setdefault(record["region"], []).append(record)
     if len(regions) < 2 and "" in regions:
         return table(records)
-    return "\n\n".join(f"region {path}\n\n{table(part)}" for path, part in regions.items())
+    return "\n\n".join(f"region {path or _WHOLE}\n\n{table(part)}" for path, part in regions.items())
 
 
 def _graph_table(records: list[dict[str, Any]]) -> str:

@@ -27,7 +27,16 @@ from fxq.graph_json import decode_graph, encode_graph
 from fxq.graph_module import QuantModule, get_attribute, make_module
 from fxq.leaves import decode_leaf, encode_leaf
 from fxq.op_table import Backend
-from fxq.partition import Partition, partition_of, reference_of, regions_of, replace_regions, state_outside
+from fxq.partition import (
+    Partition,
+    join,
+    partition_of,
+    reference_of,
+    regions_of,
+    replace_regions,
+    set_partition,
+    state_outside,
+)
 from fxq.plan_json import check_loaded, decode_plan, encode_plan
 from fxq.schema import wrong_field
 
@@ -82,7 +91,7 @@ def encode_region(place: str, region: QuantModule, tensors: Tensors) -> dict[str
     for path in sorted({str(node.target) for node in nodes if node.op == "call_module"}):
         module = region.get_submodule(path)
         leaves[path] = encode_leaf(module)
-        tensors[f"module {place} {path}"] = _compact(module.state_dict(), path)
+        tensors[f"module {place} {path}"] = _compact(state_outside(module), path)
     return {"nodes": encode_graph(region.graph), "plan": encode_plan(region.plan), "modules": leaves}
 
 
@@ -153,9 +162,11 @@ def load_reference(path: str | Path, *, model: nn.Module | None = None) -> nn.Mo
 
 
 def _decode(content: dict[str, Any], tensors: Tensors, model: nn.Module | None) -> nn.Module:
-    regions = {
-        place: decode_region(place, record, tensors, model) for place, record in content["regions"].items()
-    }
+    regions: dict[str, QuantModule] = {}
+    for place in sorted(content["regions"], key=len, reverse=True):  # the inner ones first
+        prefix = f"{place}." if place else ""
+        inside = {inner: regions.pop(inner) for inner in list(regions) if inner.startswith(prefix)}
+        regions[place] = decode_region(place, content["regions"][place], tensors, model, inside)
     if content["partition"] is None:
         (region,) = regions.values()
         return region
@@ -169,20 +180,32 @@ def _decode(content: dict[str, Any], tensors: Tensors, model: nn.Module | None) 
         )
     if type(model).__name__ != content["model"]:
         raise ConfigError(f"the given model is a {type(model).__name__}; the file is of a {content['model']}")
-    return replace_regions(model, regions, partition, tensors["outside"])
+    clone = replace_regions(model, regions, tensors["outside"])
+    set_partition(clone, partition)
+    return clone
 
 
-def decode_region(place: str, record: dict[str, Any], tensors: Tensors, model: nn.Module | None) -> QuantModule:
+def decode_region(
+    place: str,
+    record: dict[str, Any],
+    tensors: Tensors,
+    model: nn.Module | None,
+    inside: Mapping[str, QuantModule] | None = None,
+) -> QuantModule:
     """A region from what :func:`encode_region` made.
+
+    Args:
+        inside: regions in its leaf modules, by their place in the whole model.
 
     Raises:
         Exception: of any kind, for anything else.
     """
     parts: dict[str, Any] = dict(tensors[f"tensors {place}"])
-    modules = {
-        path: decode_leaf(leaf, ".".join(filter(None, (place, path))), tensors[f"module {place} {path}"], model)
-        for path, leaf in record["modules"].items()
-    }
+    modules = {}
+    for path, leaf in record["modules"].items():
+        where = join(place, path)
+        inner = {name.removeprefix(f"{where}."): r for name, r in (inside or {}).items() if name.startswith(f"{where}.")}
+        modules[path] = decode_leaf(leaf, where, tensors[f"module {place} {path}"], model, inner)
     graph = decode_graph(record["nodes"], parts.keys(), modules.keys())
     plan = decode_plan(record["plan"])
     plan.check(graph)

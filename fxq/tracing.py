@@ -145,15 +145,16 @@ def _is_machinery(filename: str) -> bool:
 
 
 def trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, follow_mode: bool = False
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, follow_mode: bool = False, share: bool = False
 ) -> tuple[QuantModule, dict[str, str]]:
     """Trace ``model`` in eval mode.
 
     Args:
-        model: left as it is; the result has parameters of its own.
+        model: left as it is.
         args, kwargs: example inputs; parameters of ``forward`` they do not give are fixed at their defaults.
         follow_mode: the model may be in training mode, and every ``training`` argument in the graph is a
             :class:`~fxq.training_mode.ModeFlag`.
+        share: let the result have the parameters of ``model``, which is a copy already, instead of its own.
 
     Returns:
         The traced module and, for each float leaf that could not be traced, its path and the reason.
@@ -179,8 +180,9 @@ def trace(
             ) from error
         _restore_defaults(graph, model)
         module = QuantModule(model, graph, type(model).__name__)
-        _independent_copy(module, graph)
-    return module, tracer.untraceable
+        _independent_copy(module, graph, share)
+    leaves = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    return module, {path: why for path, why in tracer.untraceable.items() if path in leaves}
 
 
 @contextlib.contextmanager
@@ -236,8 +238,9 @@ def _restore_defaults(graph: fx.Graph, model: nn.Module) -> None:
             node.args = (parameter.default,)
 
 
-def _independent_copy(root: nn.Module, graph: fx.Graph) -> None:
-    """Replace every tensor and leaf module that ``graph`` uses by a copy; ``root`` is a fresh GraphModule.
+def _independent_copy(root: nn.Module, graph: fx.Graph, share: bool) -> None:
+    """Replace every tensor (unless to be shared) and leaf module that ``graph`` uses by a copy; ``root`` is a fresh
+    GraphModule.
 
     Tensors and modules that were one object stay one object. ``copy.deepcopy`` of the model would refuse
     tensors that are computed from parameters, as the older weight_norm leaves them.
@@ -247,6 +250,8 @@ def _independent_copy(root: nn.Module, graph: fx.Graph) -> None:
     for path in sorted(leaves, key=len):  # a leaf before what is inside it: only the copy's insides may be replaced
         parent, _, name = path.rpartition(".")
         setattr(root.get_submodule(parent), name, copy_structure(root.get_submodule(path), memo))
+    if share:
+        return
     for path in {str(node.target) for node in graph.nodes if node.op == "get_attr"}:
         value = get_attribute(root, path)
         if isinstance(value, torch.Tensor):

@@ -31,7 +31,7 @@ class DropIdentity(Pass):
             plan.fusions.append(Fusion("drop", origin.kind.rpartition(".")[2], origin.module_path, "eval mode"))
             plan.forget(node.name)
             module.graph.erase_node(node)
-        module.delete_all_unused_submodules()
+        module.release_unused()
         return len(dropped)
 
     def _does_nothing(self, node: Node, module: QuantModule) -> bool:

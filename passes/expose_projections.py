@@ -1,29 +1,38 @@
 """Take attention apart, so that its projections become int8 linears.
 
-``nn.MultiheadAttention`` and torchvision's shifted window attention hold their projections inside one module or
-function. Each becomes linears, the attention proper (:mod:`fxq.attention`, in float), and a linear.
+``nn.MultiheadAttention``, ``F.multi_head_attention_forward`` and torchvision's shifted window attention hold their
+projections inside one module or function. Each becomes linears, the attention proper (:mod:`fxq.attention`, in float),
+and a linear.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
 from fxq.attention import multihead_attention, window_attention
 from fxq.config import ResolvedConfig, qualified_name
 from fxq.graph_module import QuantModule, free_path, get_attribute, set_tensor
-from fxq.ops import GETITEM, LINEAR, Signature
+from fxq.ops import CHUNK, GETITEM, LINEAR, Signature
 from fxq.pass_base import Pass
-from fxq.plan import ATTENTION, EXCLUDED, Fusion, Origin, QuantPlan, float_decision
+from fxq.plan import ATTENTION, EXCLUDED, WHOLE_ATTENTION, Fusion, Origin, QuantPlan, float_decision
 
 _MULTIHEAD = Signature(
     "query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, "
     "is_causal=False"
 )
+_FUNCTIONAL = Signature(
+    "query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn, "
+    "dropout_p, out_proj_weight, out_proj_bias, training=True, key_padding_mask=None, need_weights=True, "
+    "attn_mask=None, use_separate_proj_weight=False, q_proj_weight=None, k_proj_weight=None, v_proj_weight=None, "
+    "static_k=None, static_v=None, average_attn_weights=True, is_causal=False"
+)
+_INPUTS = ("query", "key", "value")
 _WINDOWS = (
     "input, qkv_weight, proj_weight, relative_position_bias, window_size, num_heads, shift_size, "
     "attention_dropout=0.0, dropout=0.0, qkv_bias=None, proj_bias=None, {}training=True"
@@ -46,23 +55,39 @@ class ExposeProjections(Pass):
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
         exposed = 0
         for node in list(module.graph.nodes):
-            is_multihead = node.op == "call_module" and _is_multihead(module.get_submodule(str(node.target)))
-            windows = _WINDOW_FUNCTIONS.get(qualified_name(node.target)) if node.op == "call_function" else None
-            if not is_multihead and windows is None:
+            expose = _exposure(node, module, plan)
+            if expose is None:
                 continue
             if self.config.lookup(plan.origin(node.name), "") is None:
                 plan.decisions[node.name] = float_decision(EXCLUDED)
-            elif windows is not None:
-                exposed += _Exposure(node, module, plan).windows(windows)
-            else:
-                exposed += _Exposure(node, module, plan).multihead()
+                continue
+            refusal = expose()
+            exposed += refusal is None
+            if refusal is not None:
+                plan.decisions[node.name] = float_decision(WHOLE_ATTENTION, refusal)
         module.graph.eliminate_dead_code()
-        module.delete_all_unused_submodules()
+        module.release_unused()
         return exposed
+
+
+def _exposure(node: Node, module: QuantModule, plan: QuantPlan) -> Callable[[], str | None] | None:
+    """What takes a node apart and returns why it cannot, or ``None`` for a node that is no attention."""
+    if node.op == "call_module" and _is_multihead(module.get_submodule(str(node.target))):
+        return _Exposure(node, module, plan).module_call
+    if node.op == "call_function" and node.target is F.multi_head_attention_forward:
+        return _Exposure(node, module, plan).function_call
+    windows = _WINDOW_FUNCTIONS.get(qualified_name(node.target)) if node.op == "call_function" else None
+    return None if windows is None else lambda: _Exposure(node, module, plan).windows(windows)
 
 
 def _is_multihead(leaf: nn.Module) -> bool:
     return type(leaf) is nn.MultiheadAttention
+
+
+def _refusal(bias_k: Any, add_zero_attn: Any) -> str | None:
+    if bias_k is not None:
+        return "bias_k and bias_v add a key and a value of their own"
+    return None if add_zero_attn is False else "add_zero_attn adds a key and a value of zeros"
 
 
 class _Exposure:
@@ -72,55 +97,108 @@ class _Exposure:
         self.node, self.module, self.plan = node, module, plan
         self.origin = plan.origin(node.name)
 
-    def multihead(self) -> bool:
+    def module_call(self) -> str | None:
         path = str(self.node.target)
         leaf: Any = self.module.get_submodule(path)
         values = _MULTIHEAD.bind(self.node.args, self.node.kwargs)
-        parts: dict[Node, Any] = {user: user.args[1] for user in self.node.users if user.target is operator.getitem}
-        if values is None or leaf.bias_k is not None or leaf.add_zero_attn or len(parts) < len(self.node.users):
-            return False
-        if not all(isinstance(part, int) for part in parts.values()):
-            return False
-        parts = {user: part % 2 for user, part in parts.items()}
+        if values is None:
+            return "its arguments are not those of torch's"
+        values |= {"num_heads": leaf.num_heads, "batch_first": leaf.batch_first}
+        refusal = _refusal(leaf.bias_k, leaf.add_zero_attn) or self._kept_whole()
+        if refusal is not None:
+            return refusal
+        self._multihead(
+            values,
+            lambda: [self._projection(leaf, path, number, name) for number, name in enumerate(_INPUTS)],
+            lambda: self._attributes(f"{path}.out_proj", leaf.out_proj.bias is not None),
+        )
+        return None
+
+    def function_call(self) -> str | None:
+        values = _FUNCTIONAL.bind(self.node.args, self.node.kwargs)
+        if values is None:
+            return "its arguments are not those of torch's"
+        refusal = _refusal(values["bias_k"], values["add_zero_attn"])
+        if values["static_k"] is not None or values["static_v"] is not None:
+            refusal = "it is given projected keys or values"
+        if values["training"] is not False and values["dropout_p"] != 0.0:
+            refusal = "it drops out at random: give training=False"
+        if not isinstance(values["num_heads"], int):
+            refusal = "its number of heads is computed"
+        refusal = refusal or self._kept_whole()
+        if refusal is not None:
+            return refusal
+        self._multihead(
+            values | {"batch_first": False},
+            lambda: self._given_projections(values),
+            lambda: (values["out_proj_weight"], values["out_proj_bias"]),
+        )
+        return None
+
+    def _kept_whole(self) -> str | None:
+        parts = [user.args[1] if user.target is operator.getitem else None for user in self.node.users]
+        return None if all(isinstance(part, int) for part in parts) else "its results are passed on as one tuple"
+
+    def _multihead(
+        self,
+        values: Mapping[str, Any],
+        projections: Callable[[], list[tuple[Node, Node | None]]],
+        out_projection: Callable[[], tuple[Node, Node | None]],
+    ) -> None:
+        """Write the parts; projections are asked for where their nodes go."""
+        parts = {user: int(str(user.args[1])) % 2 for user in self.node.users}
         needs_weights = 1 in parts.values() and values["need_weights"]
         with self.node.graph.inserting_before(self.node):
             projected = [
-                self._linear(f"{self.node.name}_{name[0]}", values[name], *self._projection(leaf, path, number, name))
-                for number, name in enumerate(("query", "key", "value"))
+                self._linear(f"{self.node.name}_{name[0]}", values[name], *projection)
+                for name, projection in zip(_INPUTS, projections(), strict=True)
             ]
             attention = self._call(
-                "attention", multihead_attention, *projected, leaf.num_heads, leaf.batch_first,
+                "attention", multihead_attention, *projected, values["num_heads"], values["batch_first"],
                 values["key_padding_mask"], needs_weights, values["attn_mask"], values["average_attn_weights"],
             )  # fmt: skip
             context = self._call("context", GETITEM.target, attention, 0, known=True)
-            out = self._linear(
-                self.node.name + "_out", context, *self._attributes(f"{path}.out_proj", leaf.out_proj.bias is not None)
-            )
+            out = self._linear(self.node.name + "_out", context, *out_projection())
             weights = self._call("weights", GETITEM.target, attention, 1, known=True) if needs_weights else None
         for user, part in parts.items():
             user.replace_all_uses_with(out if part == 0 else weights)  # type: ignore[arg-type]
             self._erase(user)
-        return self._finish()
+        self._finish()
+
+    def _given_projections(self, values: Mapping[str, Any]) -> list[tuple[Node, Node | None]]:
+        """Weights and biases of the input projections of a function call; parts of constants are folded later."""
+        biases = self._thirds(values["in_proj_bias"], "bias")
+        if values["use_separate_proj_weight"]:
+            weights = [values[f"{name[0]}_proj_weight"] for name in _INPUTS]
+        else:
+            weights = self._thirds(values["in_proj_weight"], "weight")
+        return list(zip(weights, biases, strict=True))
+
+    def _thirds(self, packed: Node | None, suffix: str) -> list[Any]:
+        if packed is None:
+            return [None] * 3
+        thirds = self._call(f"packed_{suffix}", CHUNK.target, packed, 3, 0, known=True)
+        return [self._call(f"{name}_{suffix}", GETITEM.target, thirds, i, known=True) for i, name in enumerate(_INPUTS)]
 
     def _projection(self, leaf: Any, path: str, number: int, name: str) -> tuple[Node, Node | None]:
-        """Weight and bias of one of the three input projections, each under a path of its own."""
+        """Weight and bias of one of the three input projections, each under a path of its own; views of the packed."""
         weight_path, bias_path = f"{path}.{name}_proj.weight", f"{path}.{name}_proj.bias"
         size = leaf.embed_dim
         if leaf._qkv_same_embed_dim:
             weight = leaf.in_proj_weight[number * size : (number + 1) * size]
         else:
             weight = getattr(leaf, f"{name[0]}_proj_weight")
-        set_tensor(self.module, weight_path, nn.Parameter(weight.detach().clone()))
+        set_tensor(self.module, weight_path, nn.Parameter(weight.detach()))
         if leaf.in_proj_bias is None:
             return self._attribute(weight_path), None
         bias = leaf.in_proj_bias[number * size : (number + 1) * size]
-        set_tensor(self.module, bias_path, nn.Parameter(bias.detach().clone()))
+        set_tensor(self.module, bias_path, nn.Parameter(bias.detach()))
         return self._attribute(weight_path), self._attribute(bias_path)
 
-    def windows(self, signature: Signature) -> bool:
+    def windows(self, signature: Signature) -> str | None:
         values = signature.bind(self.node.args, self.node.kwargs)
         if values is None or values["training"] is not False:
-            return False
+            return "it drops out at random: give training=False"
         logit_scale = values.get("logit_scale")
         with self.node.graph.inserting_before(self.node):
             bias = values["qkv_bias"]
@@ -133,7 +211,8 @@ class _Exposure:
             )  # fmt: skip
             out = self._linear(f"{self.node.name}_out", attention, values["proj_weight"], values["proj_bias"])
         self.node.replace_all_uses_with(out)
-        return self._finish()
+        self._finish()
+        return None
 
     def _without_key_bias(self, bias: Node) -> Node:
         """Cosine attention has no key bias."""
@@ -161,12 +240,11 @@ class _Exposure:
             self.plan.decisions[call.name] = float_decision(ATTENTION)
         return call
 
-    def _finish(self) -> bool:
+    def _finish(self) -> None:
         kind = self.origin.kind.rpartition(".")[2]
         path = self.origin.module_path or self.node.name
         self.plan.fusions.append(Fusion("split", f"{kind} {path}", f"linears of {path}", "int8 projections"))
         self._erase(self.node)
-        return True
 
     def _erase(self, node: Node) -> None:
         self.plan.forget(node.name)

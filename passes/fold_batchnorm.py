@@ -19,7 +19,6 @@ from fxq.pass_base import Pass
 from fxq.passes.layer_weights import (
     axis_one_is_channels,
     count_readers,
-    drop_unread_tensors,
     scale_inputs,
     scale_outputs,
     set_parameters,
@@ -51,7 +50,7 @@ class FoldBatchNorm(Pass):
                 node, *affine, module, plan
             )
         module.graph.eliminate_dead_code()
-        drop_unread_tensors(module)
+        module.release_unused()
         return folded
 
     def _fold_into_producer(

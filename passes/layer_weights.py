@@ -97,14 +97,3 @@ def _own_path(node: Node, module: QuantModule, readers: Counter[int]) -> str:
     """The path of a tensor that only this layer reads; a new path if others read it too."""
     path = str(node.target)
     return free_path(module, path) if is_shared(node, module, readers) else path
-
-
-def drop_unread_tensors(module: QuantModule) -> None:
-    """Delete the parameters and buffers that no node reads any more."""
-    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
-    for path, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
-        parent, _, name = path.rpartition(".")
-        parts = parent.split(".")
-        if path not in read and not any(".".join(parts[:end]) in called for end in range(1, len(parts) + 1)):
-            delattr(module.get_submodule(parent), name)

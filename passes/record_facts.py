@@ -10,7 +10,7 @@ from torch.fx import Interpreter, Node
 
 from fxq.errors import InputError
 from fxq.graph_module import QuantModule
-from fxq.macs import counting, node_macs
+from fxq.macs import Counter, counting, node_macs
 from fxq.ops import Dictionary
 from fxq.pass_base import Pass
 from fxq.plan import QuantPlan, TensorFact
@@ -74,6 +74,13 @@ class _Recorder(Interpreter):
         with counting(self.fetch_attr(target)) as macs:
             value = super().call_module(target, args, kwargs)
         self.plan.macs[self.current] = sum(macs.values())
+        return value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with Counter() as counter:  # of functions that are no op of the vocabulary: the others are counted below
+            value = super().call_function(target, args, kwargs)
+        if counter.found:
+            self.plan.macs[self.current] = sum(counter.found.values())
         return value
 
     def _record_macs(self, node: Node, value: Any) -> None:

@@ -69,7 +69,7 @@ SMALL: dict[type[nn.Module], tuple[Any, ...]] = {
 def test_every_listed_class_says_how_it_was_made(cls: type[nn.Module]) -> None:
     module = cls(*SMALL.get(cls, ()))
     state = module.state_dict()
-    again = decode_leaf(encode_leaf(module), "leaf", state, None)
+    again = decode_leaf(encode_leaf(module), "leaf", state, None, {})
     assert repr(again) == repr(module) and type(again) is cls
     bits(dict(again.state_dict()), dict(state))
 

@@ -66,6 +66,8 @@ def test_of_a_node_and_of_a_float_leaf_module(name):
         model(x)
     assert found == {"same.layer": expected}
     prepared = fxq.prepare(model, x)
+    assert [(r["region"], r["macs"]) for r in fxq.graph_records(prepared) if r["macs"]] == [("same.layer", expected)]
+    prepared = fxq.prepare(model, x, exclude="same")  # a float leaf as a whole
     assert {r["node"]: r["macs"] for r in fxq.graph_records(prepared)}["same"] == expected
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -415,6 +416,150 @@ def test_raft():
         expected, actual = (m(*frames, num_flow_updates=2) for m in (model, quantized))
     assert len(actual) == len(expected) == 2
     assert sqnr(expected[0], actual[0]) > 10
+
+
+class Gate(nn.Module):
+    """Looks at the data, with parts that do not; called inside a model that can be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.deep = nn.Sequential(conv(4, 6), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 4))
+        self.flat, self.rare = conv(4, 4, 1), conv(4, 4, 1)
+
+    def forward(self, x, *, scale=1.0):
+        if x.max() > 1e6:
+            x = self.rare(x)
+        return self.flat(x) + self.deep(x) * scale
+
+
+class Gated(nn.Module):
+    def __init__(self, times=1):
+        super().__init__()
+        self.stem, self.gate, self.last, self.times = conv(3, 4), Gate(), conv(4, 2), times
+        self.eval()
+
+    def forward(self, x):
+        y = torch.relu(self.stem(x))
+        for number in range(self.times):
+            y = self.gate(y, scale=1.0 + number)
+        return {"y": self.last(y)}
+
+
+NESTED = {"", "gate.deep", "gate.flat"}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_regions_inside_a_leaf_of_a_graph(times):
+    model = Gated(times)
+    prepared, reference, lowered = stages(model)
+    for stage, made in ((Stage.PREPARED, prepared), (Stage.REFERENCE, reference), (Stage.LOWERED, lowered)):
+        assert isinstance(made, QuantModule) and regions_of(made, stage).keys() == NESTED
+    again = quiet(fxq.lower, reference, "onednn")
+    assert {region.plan.backend for region in regions_of(again).values()} == {"onednn"}
+    assert {region.plan.backend for region in regions_of(reference).values()} == {"x86"}
+    for x in (X, torch.randn(5, 3, 12, 10)):
+        for made in (reference, lowered, again, copy.deepcopy(lowered), reference_of(lowered)):
+            close(model, made, x, lowest=15)
+    assert regions_of(reference_of(lowered), Stage.REFERENCE).keys() == NESTED
+    records = [record for record in fxq.graph_records(lowered) if record["macs"]]
+    assert {record["region"] for record in records} == NESTED and {record["type"] for record in records} == {"int8"}
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*model.modules(), *lowered.modules()])
+
+
+def test_regions_inside_a_leaf_see_what_they_are_fed():
+    model = Gated()
+    prepared = fxq.prepare(model, X)
+    fxq.calibrate(prepared, [X, 3 * X])
+    entries = [r for r in fxq.observer_records(prepared) if r["region"] == "gate.flat" and r["watches"] == ["input_1"]]
+    with torch.no_grad():
+        highest = max(torch.relu(model.stem(x)).max().item() for x in (X, 3 * X))
+    assert [entry["batches"] for entry in entries] == [2]
+    torch.testing.assert_close(entries[0]["max"], [highest], rtol=1e-4, atol=1e-4)
+
+
+def test_tables_name_regions_inside_a_leaf():
+    prepared, _, lowered = stages(Gated())
+    for text in (fxq.summary(lowered), fxq.graph_table(lowered), fxq.observer_table(prepared)):
+        assert "(the model)" in text and "gate.deep" in text and "gate.flat" in text
+    summary = fxq.summary(lowered)
+    assert "3: the model, and parts" in summary and "100.0% of" in summary
+    assert "x.max()" in summary and "gate.rare" in summary and "do not reach it" in summary
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_files_with_regions_inside_a_leaf(tmp_path, inside):
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Gated()
+
+        def forward(self, x):
+            return self.inner(x) if x.sum() > -1e9 else {"y": x}
+
+    model = Root().eval() if inside else Gated()
+    _, reference, lowered = stages(model)
+    with torch.no_grad():
+        expected = lowered(X)["y"]
+        for made in (reference, lowered):
+            fxq.save(made, tmp_path / "model.fxq")
+            loaded = fxq.load(tmp_path / "model.fxq", model=model)
+            assert regions_of(loaded, Stage.LOWERED).keys() == regions_of(lowered).keys()
+            assert torch.equal(loaded(X)["y"], expected)
+        assert fxq.summary(loaded) == fxq.summary(lowered)
+        restored = pickle.loads(pickle.dumps(lowered)) if not inside else lowered
+        restored.load_state_dict(lowered.state_dict())
+        assert torch.equal(restored(X)["y"], expected)
+    with pytest.raises(FxqError, match="load it with model="):
+        fxq.load(tmp_path / "model.fxq")
+
+
+def test_what_stays_float_in_a_leaf_counts():
+    model = Gated()
+    prepared = fxq.prepare(model, X, exclude="gate.flat")
+    floats = {r["module"]: r["macs"] for r in fxq.graph_records(prepared) if r["macs"] and r["type"] == "float"}
+    assert floats == {"gate.flat": 2 * 4 * 8 * 8 * 4}
+    prepared = fxq.prepare(model, X, exclude="gate")
+    assert all(r["type"] == "float" for r in fxq.graph_records(prepared) if r["macs"] and "gate" in r["module"])
+    total = sum(record["macs"] for record in fxq.graph_records(prepared))
+    assert total == sum(record["macs"] for record in fxq.graph_records(fxq.prepare(model, X)))
+
+
+def test_a_layer_that_cannot_be_traced_in_a_leaf_counts():
+    class Picky(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > -1e9 else x
+
+    model = Gated()
+    model.gate.flat = Picky(4, 4, 1).eval()
+    prepared = fxq.prepare(model, X)
+    assert regions_of(prepared).keys() == {"", "gate.deep"}
+    (record,) = [r for r in fxq.graph_records(prepared) if r["macs"] and r["type"] == "float"]
+    assert record["macs"] == 2 * 4 * 8 * 8 * 4 and record["module"] == "gate"
+    assert "gate.flat" in fxq.summary(prepared)
+
+
+def test_a_leaf_inside_a_region_of_a_partition():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Gated()
+
+        def forward(self, x):
+            return self.inner(x) if x.sum() > -1e9 else {"y": x}
+
+    model = Root().eval()
+    _, _, lowered = stages(model)
+    assert regions_of(lowered).keys() == {"inner", "inner.gate.deep", "inner.gate.flat"}
+    close(model, lowered, X)
+    assert "inner.gate.rare" in fxq.summary(lowered)
+
+
+def test_layers_whose_weights_are_read_keep_their_parts():
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    x = torch.randn(2, 5, 8)
+    quantized = quiet(fxq.quantize, model, [x])
+    with torch.no_grad():
+        assert sqnr(model(x), quantized(x)) > 25
 
 
 def test_a_lowered_model_keeps_its_reference() -> None:

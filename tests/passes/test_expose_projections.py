@@ -12,7 +12,7 @@ import fxq
 from fxq.attention import multihead_attention, window_attention
 from fxq.numerics import sqnr
 from fxq.passes.expose_projections import ExposeProjections
-from fxq.plan import ATTENTION, EXCLUDED
+from fxq.plan import ATTENTION, EXCLUDED, WHOLE_ATTENTION
 from fxq.torchvision_ops import import_torchvision
 
 import_torchvision()
@@ -229,20 +229,75 @@ def test_windows_excluded_or_in_training():
     equal(module, model, torch.randn(1, 6, 6, 8))
 
 
-def test_functional_attention_runs():
-    """``F.multi_head_attention_forward`` called by the user."""
-    leaf = attention(batch_first=False)
+class Functional(nn.Module):
+    """``F.multi_head_attention_forward`` with the parameters of an ``nn.MultiheadAttention``."""
 
-    def forward(m, x):
+    def __init__(self, leaf, separate=False, computed=False, **options):
+        super().__init__()
+        self.iw, self.ib, self.ow = leaf.in_proj_weight, leaf.in_proj_bias, leaf.out_proj.weight
+        self.ob = leaf.out_proj.bias
+        self.q, self.k, self.v = (nn.Parameter(part.detach().clone()) for part in leaf.in_proj_weight.chunk(3))
+        self.separate, self.computed, self.options = separate, computed, options
+        self.eval()
+
+    def forward(self, x, y):
+        weights = {"use_separate_proj_weight": True, "q_proj_weight": self.q, "k_proj_weight": self.k,
+                   "v_proj_weight": self.v} if self.separate else {}  # fmt: skip
+        bias = self.ib * 1.0 if self.computed else self.ib
+        size = x.shape[-1] if self.computed else 8
+        options = {"bias_k": None, "bias_v": None, "add_zero_attn": False, "dropout_p": 0.1} | self.options
         return F.multi_head_attention_forward(
-            x, x, x, 8, 2, m.iw, m.ib, None, None, False, 0.0, m.ow, m.ob, training=False, need_weights=False
-        )[0]
+            x, y, y, size, 2, None if self.separate else self.iw, bias, options.pop("bias_k"), options.pop("bias_v"),
+            options.pop("add_zero_attn"), options.pop("dropout_p"), self.ow, self.ob,
+            **{"training": False, **weights, **options},
+        )[0]  # fmt: skip
 
-    model = Lambda(
-        forward, iw=leaf.in_proj_weight, ib=leaf.in_proj_bias, ow=leaf.out_proj.weight, ob=leaf.out_proj.bias
-    )
+
+@pytest.mark.parametrize("options", [
+    {}, {"separate": True}, {"computed": True}, {"need_weights": False}, {"attn_mask": torch.randn(5, 6)},
+    {"training": True, "dropout_p": 0.0}, {"separate": True, "computed": True},
+], ids=lambda options: " ".join(options) or "packed")  # fmt: skip
+def test_functional_attention(options):
+    """Called by the user, with packed and with separate projections, also computed from others."""
+    model = Functional(attention(batch_first=False), **options)
+    x, y = torch.randn(5, 2, 8), torch.randn(6, 2, 8)
+    module = exposed(model, x, y)
+    assert op_names(module).count("linear") == 4
+    others = (x, y) if "attn_mask" in options else (torch.randn(3, 4, 8), torch.randn(7, 4, 8))
+    equal(module, model, *others)
+    quantized = quiet(fxq.quantize, model, [(x, y), others])
+    linears = [record for record in fxq.graph_records(quantized) if record["op"].startswith("linear")]
+    assert [record["type"] for record in linears] == ["int8"] * 4
+    assert sum(record["macs"] for record in linears) == 8 * 8 * 2 * (5 + 6 + 6 + 5)
     with torch.no_grad():
-        same(model(X), leaf(X, X, X)[0])
-    quantized = quiet(fxq.quantize, model, [X])
-    with torch.no_grad():
-        assert sqnr(model(X), quantized(X)) > 20
+        assert sqnr(model(*others), quantized(*others)) > 20
+
+
+REFUSED = {
+    "bias_k and bias_v": {"bias_k": torch.randn(1, 1, 8), "bias_v": torch.randn(1, 1, 8)},
+    "add_zero_attn": {"add_zero_attn": True},
+    "projected keys": {"static_k": torch.randn(4, 6, 4)},
+    "at random": {"training": True},
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_functional_attention_refused(why):
+    model = Functional(attention(batch_first=False), **REFUSED[why])
+    x, y = torch.randn(5, 2, 8), torch.randn(6, 2, 8)
+    module = exposed(model, x, y, count=0)
+    (call,) = [node for node in module.graph.nodes if node.target is F.multi_head_attention_forward]
+    decision = module.plan.decisions[call.name]
+    assert decision.reason is WHOLE_ATTENTION and why in decision.detail
+    if why != "at random":
+        equal(module, model, x, y)
+    prepared = fxq.prepare(model, (x, y))
+    (record,) = [record for record in fxq.graph_records(prepared) if record["macs"]]
+    assert why in record["reason"] and record["macs"] == 8 * 8 * 2 * (5 + 6 + 6 + 5)
+    assert "attention that cannot be taken apart" in fxq.summary(prepared)
+
+
+def test_refused_modules_say_why_and_count():
+    model = Lambda(lambda m, x: m.a(x, x, x)[0], a=attention(add_zero_attn=True))
+    (record,) = [record for record in fxq.graph_records(fxq.prepare(model, X)) if record["macs"]]
+    assert "zeros" in record["reason"] and record["macs"] == 4 * 8 * 8 * 12
