@@ -92,32 +92,37 @@ def map_regions(model: nn.Module, transform: Callable[[QuantModule], nn.Module])
     """
     if not isinstance(model, QuantModule):
         regions_of(model)
-        return _map_inside(model, transform)
+        return _map_inside(model, model, transform)
     made = transform(model)
     if not isinstance(made, QuantModule):
         return made
     for path in {str(node.target) for node in made.graph.nodes if node.op == "call_module"}:
         leaf = made.get_submodule(path)
-        mapped = _map_inside(leaf, transform)
+        mapped = _map_inside(leaf, model.get_submodule(path), transform) if _outermost_regions(leaf) else leaf
         if mapped is not leaf:
             parent, _, name = path.rpartition(".")
             setattr(made.get_submodule(parent), name, mapped)
     return made
 
 
-def _map_inside(model: nn.Module, transform: Callable[[QuantModule], nn.Module]) -> nn.Module:
-    """A copy of a float module with the regions inside it mapped; the module itself where that changes none."""
-    outermost = _outermost_regions(model)
-    replaced: dict[int, Any] = {id(region): map_regions(region, transform) for region in outermost}
-    if all(replaced[id(region)] is region for region in outermost):
+def _map_inside(model: nn.Module, source: nn.Module, transform: Callable[[QuantModule], nn.Module]) -> nn.Module:
+    """A copy of a float module with what ``source`` has as regions mapped; the module itself where nothing changes."""
+    mapped: dict[int, nn.Module] = {}
+    replaced: dict[int, Any] = {}
+    for path, region in _outermost_regions(source).items():
+        if id(region) not in mapped:  # a region of two names stays one
+            mapped[id(region)] = map_regions(region, transform)
+        replaced[id(model.get_submodule(path))] = mapped[id(region)]
+    if all(id(made) == before for before, made in replaced.items()):
         return model
     return copy_structure(model, replaced)
 
 
-def _outermost_regions(model: nn.Module) -> list[QuantModule]:
-    found = []
-    for child in model.children():
-        found += [child] if isinstance(child, QuantModule) else _outermost_regions(child)
+def _outermost_regions(model: nn.Module, path: str = "") -> dict[str, QuantModule]:
+    found: dict[str, QuantModule] = {}
+    for name, child in model.named_children():
+        inner = join(path, name)
+        found |= {inner: child} if isinstance(child, QuantModule) else _outermost_regions(child, inner)
     return found
 
 

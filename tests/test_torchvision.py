@@ -14,7 +14,9 @@ from fxq.agreement import kernel_agreement
 from fxq.backends import get_backend
 from fxq.graph_module import QuantModule
 from fxq.models import load_model
+from fxq.numerics import sqnr
 from fxq.plan import Status
+from fxq.torchvision_ops import import_torchvision
 
 HEAVY = (nn.modules.conv._ConvNd, nn.Linear)
 # model: image size, backends, reasons of its float nodes
@@ -138,3 +140,44 @@ def test_residuals_of_resnet_are_added_in_the_convs_of_onednn() -> None:
 def test_shared_relu_modules_are_fused_everywhere() -> None:
     assert not any("relu" in kernel for kernel in kernels("resnet18", "x86"))
     assert sum(bool(kernel.fused) for kernel in lowered_of("resnet18", "x86").plan.kernels.values()) == 17
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "squeezenet1_1", "shufflenet_v2_x1_0"])
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (3, 3, 96, 64)])
+def test_other_batch_and_image_sizes(name: str, shape: tuple[int, ...]) -> None:
+    """No shape of the example is baked in: what is lost elsewhere is what is lost at the size calibrated with."""
+    backend = MODELS[name][1][0]
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(shape, generator=generator)
+    with torch.no_grad():
+        found = [sqnr(live_model(name)(y), lowered_of(name, backend)(y)) for y in (images(name, 2), x)]
+    assert found[1] > found[0] - 6
+
+
+def transformers() -> dict[str, tuple[nn.Module, tuple[int, ...], list[tuple[int, ...]]]]:
+    """Small ones of torchvision's classes: the example's shape and others."""
+    models = import_torchvision().models
+    swin = {"patch_size": [2, 2], "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 2], "window_size": [4, 4]}
+    blocks = models.swin_transformer
+    v2 = {"block": blocks.SwinTransformerBlockV2, "downsample_layer": blocks.PatchMergingV2}
+    sizes = [(1, 3, 32, 32), (3, 3, 48, 40)]
+    return {
+        "vit": (models.VisionTransformer(32, 8, 2, 2, 16, 32), (2, 3, 32, 32), [(1, 3, 32, 32), (5, 3, 32, 32)]),
+        "swin": (models.SwinTransformer(**swin), (2, 3, 32, 32), sizes),
+        "swin v2": (models.SwinTransformer(**swin, **v2), (2, 3, 32, 32), sizes),
+    }
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "swin v2"])
+def test_other_sizes_of_transformers(name: str) -> None:
+    torch.manual_seed(0)
+    model, shape, others = transformers()[name]
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    model.eval()
+    quantized = fxq.quantize(model, [torch.randn(shape) for _ in range(4)], progress=False)
+    for other in (shape, *others):
+        x = torch.randn(other)
+        with torch.no_grad():
+            assert sqnr(model(x), quantized(x)) > 15, other
