@@ -204,7 +204,8 @@ def decode_region(
     modules = {}
     for path, leaf in record["modules"].items():
         where = join(place, path)
-        inner = {name.removeprefix(f"{where}."): r for name, r in (inside or {}).items() if name.startswith(f"{where}.")}
+        prefix = f"{where}."
+        inner = {name.removeprefix(prefix): r for name, r in (inside or {}).items() if name.startswith(prefix)}
         modules[path] = decode_leaf(leaf, where, tensors[f"module {place} {path}"], model, inner)
     graph = decode_graph(record["nodes"], parts.keys(), modules.keys())
     plan = decode_plan(record["plan"])

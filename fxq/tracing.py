@@ -145,7 +145,12 @@ def _is_machinery(filename: str) -> bool:
 
 
 def trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, follow_mode: bool = False, share: bool = False
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    follow_mode: bool = False,
+    share: bool = False,
 ) -> tuple[QuantModule, dict[str, str]]:
     """Trace ``model`` in eval mode.
 
