@@ -51,7 +51,6 @@ from fxq.pass_base import Pass
 from fxq.passes.layer_weights import (
     axis_one_is_channels,
     count_readers,
-    drop_unread_tensors,
     is_shared,
     scale_inputs,
     scale_outputs,
@@ -127,7 +126,7 @@ class Equalize(Pass):
         for layer in {layer.node: layer for pair in changed for layer in (pair.first, pair.second)}.values():
             set_parameters(layer.node, layer.op, layer.weight, layer.bias, module, self._readers)
         module.graph.eliminate_dead_code()
-        drop_unread_tensors(module)
+        module.release_unused()
         return len(changed)
 
     def _layers(self, module: QuantModule, plan: QuantPlan) -> dict[Node, Layer]:
