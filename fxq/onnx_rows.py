@@ -281,8 +281,8 @@ def _interpolate(w: OnnxWriter) -> str:
     x, mode = w.get("input"), w.get("mode")
     if mode == "area":
         return str(_adaptive_avg_pool(len(w.shape(x)) - 2)(w))
-    axes = list(range(2, len(w.shape(x))))
-    attributes: dict[str, Any] = {"mode": _MODES.get(mode, "linear"), "axes": axes}
+    dims = len(w.shape(x)) - 2
+    attributes: dict[str, Any] = {"mode": _MODES.get(mode, "linear")}
     attributes["antialias"] = int(w.get("antialias"))
     if mode == "nearest":
         attributes |= {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
@@ -294,10 +294,10 @@ def _interpolate(w: OnnxWriter) -> str:
         attributes["cubic_coeff_a"] = -0.75
     scale = w.get("scale_factor")
     if scale is not None and not w.get("recompute_scale_factor"):
-        scales = [float(s) for s in ([scale] * len(axes) if isinstance(scale, (int, float)) else scale)]
-        return str(w.add("Resize", w.name(x), "", w.graph.constant(scales, torch.float32), **attributes))
-    sizes = w.ints([w.fixed(w.node, axis) for axis in axes])
-    return str(w.add("Resize", w.name(x), "", "", sizes, **attributes))
+        scales = [float(s) for s in ([scale] * dims if isinstance(scale, (int, float)) else scale)]
+        return str(w.add("Resize", w.name(x), "", w.graph.constant([1.0, 1.0, *scales], torch.float32), **attributes))
+    # sizes of all dimensions, because onnxruntime's rewriting to channels last forgets the attribute "axes"
+    return str(w.add("Resize", w.name(x), "", "", w.shape_tensor(w.shape()), **attributes))
 
 
 _PAD_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}

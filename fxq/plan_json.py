@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxq.errors import ConfigError, FileFormatError
@@ -22,6 +24,7 @@ from fxq.plan import (
     Status,
     TensorFact,
 )
+from fxq.qdq import DEQUANTIZE, is_quantize
 from fxq.schema import wrong_field
 from fxq.spec import QuantSpec
 
@@ -104,10 +107,35 @@ def check_loaded(plan: QuantPlan, graph: fx.Graph) -> None:
         raise FileFormatError(f"the plan is of a {plan.stage.value} graph; a file holds a reference graph")
     if "annotated" not in plan.properties:
         raise FileFormatError("the plan has no decisions")
+    check_conversions(graph)
     calls = {node.name for node in graph.nodes if node.op.startswith("call_")}
     for region in plan.regions:
         if not region.nodes or not calls.issuperset(region.nodes):
             raise FileFormatError(f"the plan's region '{region.row}' is of nodes that the graph does not have")
+
+
+def check_conversions(graph: fx.Graph) -> None:
+    """Verify the numbers of a graph's quantize and dequantize nodes, which kernels take on trust.
+
+    Raises:
+        FileFormatError: naming the node.
+    """
+    for node in graph.nodes:
+        if is_quantize(node) and len(node.args) == 6:
+            scale, zero_point, low, high, dtype = node.args[1:]
+        elif node.target is DEQUANTIZE and len(node.args) == 3:
+            (scale, zero_point), (low, high, dtype) = node.args[1:], (-128, 255, torch.int8)
+        elif is_quantize(node) or node.target is DEQUANTIZE:
+            raise FileFormatError(f"node '{node.name}' has {len(node.args)} arguments")
+        else:
+            continue
+        limits = {torch.uint8: (0, 255), torch.int8: (-128, 127 if is_quantize(node) else 255)}.get(dtype, (1, 0))
+        integers = all(type(number) is int for number in (zero_point, low, high))
+        real = type(scale) is float and math.isfinite(scale) and scale > 0
+        if node.kwargs or not (real and integers and limits[0] <= low <= high <= limits[1]):
+            raise FileFormatError(f"node '{node.name}' has no valid scale, zero_point and bounds")
+        if not limits[0] <= zero_point <= limits[1]:
+            raise FileFormatError(f"the zero_point {zero_point} of node '{node.name}' is none of its integers")
 
 
 def _list(value: Any) -> list[Any]:

@@ -79,6 +79,17 @@ def call(target: str, *args: Any) -> Edit:
     return lambda content, _: content["nodes"].insert(-1, record | {"kwargs": {"dict": []}})
 
 
+def quantize_argument(position: int, value: Any) -> Edit:
+    """Of the last quantize node, whose upper bound is lowered so that lower bounds can be above it."""
+
+    def edit(content: Content, _: Any) -> None:
+        record = [n for n in content["nodes"] if n["target"] == "fxq:quantize"][-1]
+        record["args"]["tuple"][4] = 254
+        record["args"]["tuple"][position] = value
+
+    return edit
+
+
 def method(name: str) -> Edit:
     return set_in("call_method", "target", name)
 
@@ -230,6 +241,17 @@ MALFORMED: dict[str, Edit] = {
     "containers": plan("containers", [1]),
     "untraceable": plan("untraceable", {"a": 1}),
     "attributes": plan("attributes", [1]),
+    "scale is text": quantize_argument(1, "x"),
+    "scale is zero": quantize_argument(1, 0.0),
+    "scale is negative": quantize_argument(1, -0.5),
+    "scale is infinite": quantize_argument(1, float("inf")),
+    "scale is nan": quantize_argument(1, float("nan")),
+    "zero_point is large": quantize_argument(2, 2**62),
+    "zero_point is real": quantize_argument(2, 0.5),
+    "bounds": quantize_argument(3, -1),
+    "empty bounds": quantize_argument(3, 255),
+    "integers of 64 bits": quantize_argument(5, {"dtype": "int64"}),
+    "an argument more": lambda content, _: node(content, "call_function", "fxq:quantize")["args"]["tuple"].append(1),
 }
 
 
