@@ -160,7 +160,7 @@ def random_weights(name: str, folder: Path, aot: bool) -> list[Any]:
     size = 224 if name.startswith(FIXED_224) else 64
     batches = [torch.randn(2, 3, size, size, generator=generator) for _ in range(3)]
     torch.manual_seed(0)
-    model = make_alive(load_model(name), (batches[0],), True)
+    model = make_alive(load_model(name), (batches[0],))
     return row(name, model, Shipped(model, batches[:2], torch.cat(batches), folder), aot)
 
 
