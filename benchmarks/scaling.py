@@ -1,9 +1,9 @@
-"""What quantizing costs: seconds by number of layers, peak memory over the model's, and the time of the import.
+"""What quantizing costs: CPU seconds by number of nodes, peak memory of the process, and the time of the import.
 
-    python benchmarks/scaling.py --layers 100 1000 10000
+    python benchmarks/scaling.py --nodes 100 1000 10000
 
-The model is a chain of conv + BatchNorm + ReLU. Each line is measured in a process of its own; torch.ao's FX graph mode
-runs beside it up to ``--peer-layers``, beyond which it takes too long.
+The model is a chain of conv, BatchNorm and ReLU, three nodes a layer. Each line is measured in a process of its own, on
+one thread; torch.ao's FX graph mode runs beside it up to ``--peer-nodes``, beyond which it takes too long.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from tabulate import tabulate
 from torch import nn
 
 
-def chain(layers: int) -> nn.Module:
-    """Conv, BatchNorm and ReLU, ``layers`` times."""
-    parts = [part for _ in range(layers) for part in (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())]
+def chain(nodes: int) -> nn.Module:
+    """Conv, BatchNorm and ReLU until there are ``nodes`` of them."""
+    parts = [part for _ in range(-(-nodes // 3)) for part in (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())]
     return nn.Sequential(*parts).eval()
 
 
-def measure(layers: int, tool: str) -> dict[str, float]:
-    """Seconds to prepare and to convert a chain, and the peak memory of this process in MiB."""
+def measure(nodes: int, tool: str) -> dict[str, float]:
+    """CPU seconds to prepare and to convert a chain, and the peak memory of this process in MiB."""
     sys.setrecursionlimit(100_000)
+    torch.set_num_threads(1)
     import fxq
 
-    model, x = chain(layers), torch.randn(1, 8, 4, 4)
-    start = time.perf_counter()
+    model, x = chain(nodes), torch.randn(1, 8, 4, 4)
+    start = time.process_time()
     prepared = fxq.prepare(model, x) if tool == "fxq" else prepare_torch_ao(model, x)
-    middle = time.perf_counter()
+    middle = time.process_time()
     with torch.no_grad():
         prepared(x)
-    calibrated = time.perf_counter()
+    calibrated = time.process_time()
     _ = fxq.convert(prepared) if tool == "fxq" else convert_torch_ao(prepared)
-    end = time.perf_counter()
+    end = time.process_time()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return {"prepare": middle - start, "convert": end - calibrated, "peak": peak}
 
@@ -56,21 +57,21 @@ def import_seconds(package: str) -> float:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[100, 300, 1000, 3000])
-    parser.add_argument("--peer-layers", type=int, default=300)
-    parser.add_argument("--one", nargs=2, metavar=("LAYERS", "TOOL"), help="measure here and print JSON")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[100, 300, 1000, 3000, 10000])
+    parser.add_argument("--peer-nodes", type=int, default=1000)
+    parser.add_argument("--one", nargs=2, metavar=("NODES", "TOOL"), help="measure here and print JSON")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(int(options.one[0]), options.one[1])))
         return
     rows = []
-    for layers in options.layers:
-        for tool in ("fxq", "torch.ao") if layers <= options.peer_layers else ("fxq",):
-            command = [sys.executable, __file__, "--one", str(layers), tool]
+    for nodes in options.nodes:
+        for tool in ("fxq", "torch.ao") if nodes <= options.peer_nodes else ("fxq",):
+            command = [sys.executable, __file__, "--one", str(nodes), tool]
             found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             total = found["prepare"] + found["convert"]
-            rows.append([layers, tool, found["prepare"], found["convert"], 1e3 * total / layers, found["peak"]])
-    headers = ["layers", "tool", "prepare s", "convert s", "ms a layer", "peak MiB"]
+            rows.append([nodes, tool, found["prepare"], found["convert"], 1e3 * total / nodes, found["peak"]])
+    headers = ["nodes", "tool", "prepare s", "convert s", "ms a node", "peak MiB"]
     print(tabulate(rows, headers, floatfmt=("", "", ".2f", ".2f", ".1f", ".0f")))
     torch_alone, both = import_seconds("torch"), import_seconds("fxq")
     print(f"\nimport torch: {torch_alone:.2f} s, import fxq: {both:.2f} s")
