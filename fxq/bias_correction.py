@@ -21,7 +21,7 @@ from fxq.graph_module import QuantModule, get_attribute, set_tensor
 from fxq.lockstep import Step, lockstep
 from fxq.ops import CLAMP, CONV_TRANSPOSES, LINEAR, RELU
 from fxq.partition import Inputs
-from fxq.passes.layer_weights import scale_inputs
+from fxq.passes.layer_weights import constant_response
 from fxq.refinement import SAMPLES, QuantLayer, quant_layers, refine
 
 
@@ -143,7 +143,7 @@ def _correct_from_statistics(reference: QuantModule, prepared: QuantModule, inpu
         if mean is None:
             continue
         rounding = layer.float_weight(prepared).double() - layer.dequantized(reference).double()
-        shift = scale_inputs(rounding, mean, layer.op, layer.node).flatten(1).sum(1)
+        shift = constant_response(rounding, mean, layer.op, layer.node)
         give_own_bias(layer, reference)
         bias = get_attribute(reference, layer.bias_path)
         bias.data += shift.to(bias.dtype)

@@ -29,7 +29,7 @@ from fxq.graph_module import BACKEND, QuantModule, copy_module, free_path, get_a
 from fxq.lockstep import Walk, region_inputs
 from fxq.measures import Noise, keep_batches, model_outputs, output_noise
 from fxq.partition import Inputs, map_regions, reference_of, regions_of
-from fxq.passes.layer_weights import scale_inputs, scale_outputs
+from fxq.passes.layer_weights import constant_response, scale_inputs, scale_outputs
 from fxq.plan import EXCLUDED, QuantPlan
 from fxq.preparation import prepare_model
 from fxq.qdq import DEQUANTIZE, QUANTIZE, is_dequantize, is_quantize
@@ -148,17 +148,24 @@ def _float_graphs(model: nn.Module, reference: nn.Module, inputs: Inputs) -> nn.
                 f"that it was made from, and inputs of the same form"
             )
     plans = {id(twins[path]): region.plan for path, region in regions.items()}
-    return map_regions(floats, lambda twin: _equalized(twin, plans[id(twin)]) if id(twin) in plans else twin)
+    return map_regions(floats, lambda twin: _evened(twin, plans[id(twin)]) if id(twin) in plans else twin)
 
 
-def _equalized(floats: QuantModule, plan: QuantPlan) -> QuantModule:
-    """The float graph with its layers scaled against each other as they were when ``plan``'s graph was made.
+def _evened(floats: QuantModule, plan: QuantPlan) -> QuantModule:
+    """The float graph with its layers equalized and biases absorbed as they were when ``plan``'s graph was made.
 
     The model stays what it is, but the values between these layers are those that the quantized model rounds.
     """
     clone = copy_module(floats)
-    ops = clone.meta[BACKEND].dictionary
     nodes = {node.name: node for node in clone.graph.nodes}
+    _equalize(clone, nodes, plan)
+    _absorb_biases(clone, nodes, plan)
+    clone.recompile()
+    return clone
+
+
+def _equalize(clone: QuantModule, nodes: dict[str, Node], plan: QuantPlan) -> None:
+    ops = clone.meta[BACKEND].dictionary
     for pair in plan.equalized:
         scale = torch.tensor(pair.scale, dtype=torch.float64)
         for node, change in ((nodes[pair.first], scale_outputs), (nodes[pair.second], scale_inputs)):
@@ -169,8 +176,21 @@ def _equalized(floats: QuantModule, plan: QuantPlan) -> QuantModule:
             _put(clone, node, op.index("weight"), change(weight.double(), factor, op, node).float())
             if bias is not None and change is scale_outputs:
                 _put(clone, node, op.index("bias"), (bias.double() / scale).float())
-    clone.recompile()
-    return clone
+
+
+def _absorb_biases(clone: QuantModule, nodes: dict[str, Node], plan: QuantPlan) -> None:
+    ops = clone.meta[BACKEND].dictionary
+    for pair in plan.absorbed:
+        first, second = nodes[pair.first], nodes[pair.second]
+        shift = torch.tensor(pair.shift, dtype=torch.float64)
+        op = ops.op_of(second)
+        weight = _constant(clone, op.get(second, "weight"))
+        assert weight is not None
+        for node, change in ((first, -shift), (second, constant_response(weight.double(), shift, op, second))):
+            op = ops.op_of(node)
+            bias = _constant(clone, op.get(node, "bias"))
+            total = change if bias is None else bias.double() + change
+            _put(clone, node, op.index("bias"), total.float())
 
 
 def _put(module: QuantModule, node: Node, position: int, value: torch.Tensor) -> None:

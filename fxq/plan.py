@@ -122,6 +122,14 @@ class Equalized(NamedTuple):
     scale: tuple[float, ...]
 
 
+class Absorbed(NamedTuple):
+    """Two layers: the first one's outputs were lowered by ``shift``, which the second one's biases make up for."""
+
+    first: str
+    second: str
+    shift: tuple[float, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """Nodes that run as one int8 kernel: root first, then the tail that is fused into it.
@@ -193,6 +201,7 @@ class QuantPlan:
         weight_bytes: bytes of the quantized weights as float32 and as integers with their qparams.
         untraceable: reason for each float module inside that could not be traced, by path.
         equalized: layers scaled against each other; comparing with the float model needs to know.
+        absorbed: layers whose biases moved into the layer after them, likewise.
         statistics: of the layers that a BatchNorm was folded into; not kept in files.
     """
 
@@ -217,6 +226,7 @@ class QuantPlan:
     weight_bytes: tuple[int, int] = (0, 0)
     untraceable: dict[str, str] = field(default_factory=dict)
     equalized: list[Equalized] = field(default_factory=list)
+    absorbed: list[Absorbed] = field(default_factory=list)
     statistics: dict[str, ChannelStatistics] = field(default_factory=dict)
 
     def origin(self, name: str) -> Origin:

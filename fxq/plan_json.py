@@ -12,6 +12,7 @@ from torch import fx
 from fxq.errors import ConfigError, FileFormatError
 from fxq.graph_json import DTYPES, decode_value, encode_value
 from fxq.plan import (
+    Absorbed,
     Decision,
     Equalized,
     Fusion,
@@ -51,6 +52,7 @@ def encode_plan(plan: QuantPlan) -> dict[str, Any]:
         "weight_bytes": list(plan.weight_bytes),
         "untraceable": plan.untraceable,
         "equalized": [[first, second, list(scale)] for first, second, scale in plan.equalized],
+        "absorbed": [[first, second, list(shift)] for first, second, shift in plan.absorbed],
     }
 
 
@@ -90,6 +92,7 @@ def decode_plan(record: dict[str, Any]) -> QuantPlan:
         weight_bytes=(record["weight_bytes"][0], record["weight_bytes"][1]),
         untraceable=dict(record["untraceable"]),
         equalized=[Equalized(first, second, tuple(scale)) for first, second, scale in record["equalized"]],
+        absorbed=[Absorbed(first, second, tuple(shift)) for first, second, shift in record.get("absorbed", [])],
     )
     wrong = wrong_field(plan)
     if wrong is not None:

@@ -12,6 +12,7 @@ from fxq.graph_module import BACKEND, QuantModule
 from fxq.op_table import Backend
 from fxq.partition import Inputs, join, leaves_to_search, prepare_leaves, prepare_partition, recording
 from fxq.pass_base import Pass, Pipeline
+from fxq.passes.absorb_bias import AbsorbBias
 from fxq.passes.annotate import Annotate
 from fxq.passes.canonicalize import Canonicalize
 from fxq.passes.drop_identity import DropIdentity
@@ -33,9 +34,11 @@ from fxq.plan import EXCLUDED, Origin, QuantPlan, Stage, float_decision
 from fxq.tracing import trace
 from fxq.training_table import training_table
 
+_FOR_PRESETS = (Equalize, AbsorbBias)  # that ask for it
+
 
 def prepare_passes(table: Backend, config: ResolvedConfig, inputs: Inputs, equalize: bool = False) -> list[Pass]:
-    """What happens between the canonical graph and the prepared one, in order; :class:`Equalize` only if asked for."""
+    """What happens between the canonical graph and the prepared one, in order; equalization only if asked for."""
     ops = table.dictionary
     steps = [
         ExposeProjections(config),
@@ -44,6 +47,7 @@ def prepare_passes(table: Backend, config: ResolvedConfig, inputs: Inputs, equal
         RecordFacts(*inputs, ops),
         FoldBatchNorm(ops),
         Equalize(config, inputs, ops),
+        AbsorbBias(config, inputs, ops),
         RewriteScalars(ops),
         Annotate(table, config, ops),
         FloatExits(table),
@@ -51,7 +55,7 @@ def prepare_passes(table: Backend, config: ResolvedConfig, inputs: Inputs, equal
         ShareQParams(table, ops),
         InsertObservers(table),
     ]
-    return [step for step in steps if equalize or not isinstance(step, Equalize)]
+    return [step for step in steps if equalize or not isinstance(step, _FOR_PRESETS)]
 
 
 def prepare_training_passes(table: Backend, config: ResolvedConfig, inputs: Inputs, model: nn.Module) -> list[Pass]:
@@ -88,7 +92,7 @@ def prepare_model(
 
     Args:
         training: for training with fake quantization instead of calibration.
-        equalize: run :class:`Equalize`, for which the inputs must be real ones.
+        equalize: run :class:`Equalize` and :class:`AbsorbBias`, for which the inputs must be real ones.
 
     Raises:
         TraceError: if nothing of it can be traced.

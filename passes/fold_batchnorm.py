@@ -18,7 +18,9 @@ from fxq.ops import BATCH_NORM, CONV_TRANSPOSES, CONVS, LINEAR, Dictionary, Op
 from fxq.pass_base import Pass
 from fxq.passes.layer_weights import (
     axis_one_is_channels,
+    constant_response,
     count_readers,
+    is_padded,
     scale_inputs,
     scale_outputs,
     set_parameters,
@@ -81,15 +83,13 @@ class FoldBatchNorm(Pass):
         op = None if layer is None else self.ops.op_of(layer)
         if layer is None or op not in CONVS or len(node.users) != 1 or op.get(layer, "input") is not node:
             return False
-        padding = op.get(layer, "padding")
-        padded = any(padding) if isinstance(padding, (tuple, list)) else padding != 0
-        if padded and bool(shift.any()):
+        if is_padded(layer, op) and bool(shift.any()):
             return False
         parameters = _foldable_parameters(layer, op, module, plan)
         if parameters is None:
             return False
         weight, bias = parameters
-        extra = scale_inputs(weight, shift, op, layer).flatten(1).sum(1)
+        extra = constant_response(weight, shift, op, layer)
         bias = extra if bias is None else bias + extra
         set_parameters(layer, op, scale_inputs(weight, scale, op, layer), bias, module, self._readers)
         _log(node, layer, plan, "BatchNorm into the conv after")

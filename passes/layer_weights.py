@@ -56,6 +56,17 @@ def scale_inputs(weight: torch.Tensor, scale: torch.Tensor, op: Op, layer: Node)
     return weight * rows.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
 
 
+def constant_response(weight: torch.Tensor, value: torch.Tensor, op: Op, layer: Node) -> torch.Tensor:
+    """What a conv or linear layer without padding and bias makes of inputs that are ``value``, ``[in]``, everywhere."""
+    return scale_inputs(weight, value, op, layer).flatten(1).sum(1)
+
+
+def is_padded(node: Node, op: Op) -> bool:
+    """Whether a conv or pool pads its input."""
+    padding = op.get(node, "padding")
+    return any(padding) if isinstance(padding, (tuple, list)) else padding != 0
+
+
 def set_parameters(
     layer: Node, op: Op, weight: torch.Tensor, bias: torch.Tensor | None, module: QuantModule, readers: Counter[int]
 ) -> None:

@@ -217,6 +217,8 @@ MALFORMED: dict[str, Edit] = {
     "weight_bytes": plan("weight_bytes", ["1", 2]),
     "equalized": plan("equalized", [["a", "b", ["1"]]]),
     "equalized is short": plan("equalized", [["a", "b"]]),
+    "absorbed": plan("absorbed", [["a", "b", ["1"]]]),
+    "absorbed is short": plan("absorbed", [["a", "b"]]),
     "weight_bytes is short": plan("weight_bytes", [1]),
     "facts": plan("facts", {"x": [["a"], "float32"]}),
     "facts of an unknown dtype": plan("facts", {"x": [[1], "system"]}),
