@@ -24,7 +24,7 @@ class Preset:
         weight: observer of weights with one scale a channel; clipping a weight that has one scale for all its
             channels to what is best for the sum of them destroys the channel with the largest weights.
         equalize: scale layers that follow each other against each other where weights have one scale a tensor
-            (:mod:`fxq.passes.equalize`).
+            (:mod:`fxq.passes.equalize`), and absorb high biases (:mod:`fxq.passes.absorb_bias`).
         correct_bias: take the mean error out of each layer's bias (:func:`fxq.correct_bias`).
         learn_rounding: learn whether each weight is rounded up or down (:func:`fxq.learn_rounding`).
     """
