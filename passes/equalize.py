@@ -104,7 +104,7 @@ class Equalize(Pass):
     def _measure(self, scalings: list[_Scaling], module: QuantModule) -> None:
         """Bound the factors of channels before a clamp by what the example inputs leave below it."""
         clamps = {
-            node.args[0]: (scaling, bound)
+            node.all_input_nodes[0]: (scaling, bound)
             for scaling in scalings
             for node in scaling.pair.between
             if (bound := upper_bound(node, self.ops)) is not None
