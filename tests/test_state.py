@@ -152,7 +152,7 @@ def test_backends_are_pickled_by_name(name: str) -> None:
     bits(pickle.loads(pickle.dumps(lowered))(X), lowered(X))
 
 
-def _answer(model: nn.Module, x: torch.Tensor, answers: multiprocessing.SimpleQueue) -> None:
+def _answer(model: nn.Module, x: torch.Tensor, answers: multiprocessing.Queue) -> None:
     torch.set_num_threads(1)
     answers.put(model(x).tolist())
 
@@ -161,11 +161,11 @@ def test_in_another_process() -> None:
     """By spawn, as DataLoader workers and servers start theirs: everything goes through pickle."""
     model = at("lowered", net())
     context = multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
+    answers = context.Queue()
     process = context.Process(target=_answer, args=(model, X, answers))
     process.start()
     try:
-        bits(torch.tensor(answers.get()), model(X))
+        bits(torch.tensor(answers.get(timeout=240)), model(X))  # no answer for ever from one that died
     finally:
         process.join(60)
         process.kill()
