@@ -18,7 +18,7 @@ from fxq.errors import CalibrationError, FxqWarning, StageError
 from fxq.graph_module import BACKEND, QuantModule, copy_module, transformed_copy
 from fxq.learned_rounding import learn_rounding
 from fxq.measures import Metric
-from fxq.mixed_precision import TARGET_SAMPLES, Budget, KeepFirst, within_budget
+from fxq.mixed_precision import TARGET_SAMPLES, Budget, Judge, if_enough, within_budget
 from fxq.op_table import Backend
 from fxq.partition import Inputs, map_regions, partition_of, regions_of
 from fxq.pass_base import Pipeline
@@ -32,6 +32,7 @@ from fxq.plan import NEVER_OBSERVED, Stage
 from fxq.preparation import prepare_model
 from fxq.presets import Preset, get_preset
 from fxq.refinement import SAMPLES
+from fxq.spread import KeepSpread
 from fxq.tracing import require_eval
 from fxq.training_table import training_rows
 
@@ -76,7 +77,7 @@ def quantize(
             float model's (:mod:`fxq.mixed_precision`). The summary says which and why.
         max_drop: in the units of ``metric``.
         target: ``"sqnr:30"`` instead of the two: the output's SQNR to the float model's is at least 30 dB on the
-            first 32 samples of the calibration data.
+            32 samples spread over the calibration data.
         progress: show a progress bar; by default only on a terminal.
 
     Returns:
@@ -103,28 +104,45 @@ def quantize(
     else:
         inputs = as_inputs(example_inputs)
     prepared = _prepare(model, inputs, backend, qconfig, exclude, preset, pow2_scales)
-    data = KeepFirst(calibration_data, SAMPLES if preset.refines else TARGET_SAMPLES if budget is not None else 0)
+    samples = SAMPLES if preset.refines else TARGET_SAMPLES if budget is not None else 0
+    data = KeepSpread(calibration_data, samples, whole=forward_fn is not None)
     calibrate(prepared, data, num_batches=num_batches, forward_fn=forward_fn, progress=progress)
+    options = {"samples": SAMPLES, "forward_fn": forward_fn, "progress": progress}
     if budget is not None:
-        prepared = within_budget(
-            model, prepared, data.first, budget,
-            convert=convert_to_reference, lower=convert, forward_fn=forward_fn, progress=progress,
-        )  # fmt: skip
-    if preset.refines:
-        options = {"samples": SAMPLES, "forward_fn": forward_fn, "progress": progress}
-        reference = _refined(_to_reference(prepared, stacklevel=4), prepared, data.first, preset, options)
+        judge = Judge(model, data.kept, budget, forward_fn)
+        reference = _within_budget(prepared, judge, preset, options)
+    elif preset.refines:
+        refine = learn_rounding if preset.learn_rounding else correct_bias
+        reference = refine(_to_reference(prepared, stacklevel=4), prepared, data.kept, **options)
     else:
         reference = _to_reference(prepared, stacklevel=4, region_to_reference=_become_reference)
     del prepared  # or its float weights, which went one by one
     return _lowered(reference)
 
 
-def _refined(
-    reference: nn.Module, prepared: nn.Module, data: Iterable[Any], preset: Preset, options: Mapping[str, Any]
-) -> nn.Module:
-    """What a preset does after conversion; learning roundings corrects biases on the way."""
-    refine = learn_rounding if preset.learn_rounding else correct_bias
-    return refine(reference, prepared, data, **options)
+def _within_budget(prepared: nn.Module, judge: Judge, preset: Preset, options: Mapping[str, Any]) -> nn.Module:
+    """The reference graph with the fewest layers float, which are chosen with corrected biases if they will be.
+
+    Roundings are learned once they are chosen, because that takes long, and kept if the budget is met with them.
+    """
+
+    def corrected(candidate: nn.Module, **changes: Any) -> nn.Module:
+        reference = _to_reference(candidate, stacklevel=6)
+        if not preset.correct_bias:
+            return reference
+        return correct_bias(reference, candidate, judge.batches, **{**options, **changes})
+
+    def candidate_of(candidate: nn.Module) -> nn.Module:
+        return _lowered(corrected(candidate, progress=False))
+
+    chosen = within_budget(
+        prepared, judge, convert=convert_to_reference, lower=candidate_of, progress=options["progress"]
+    )
+    reference = corrected(chosen)
+    if not preset.learn_rounding:
+        return reference
+    refined = learn_rounding(_to_reference(chosen, stacklevel=5), chosen, judge.batches, **options)
+    return if_enough(refined, reference, judge, _lowered, "learned roundings")
 
 
 class _Chained:

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from fxq.calibration import ForwardFn, forward_parameters, iterate, model_inputs
 from fxq.errors import CalibrationError, ConfigError, InputError
-from fxq.lockstep import samples_in
 
 Metric = Callable[[nn.Module], float]
 
@@ -68,22 +67,6 @@ def keep_batches(data: Iterable[Any], num_batches: int | None) -> list[Any]:
     if not batches:
         raise CalibrationError("the data is empty: give at least one batch (a generator can be read only once)")
     return batches
-
-
-def first_samples(batches: Iterable[Any], samples: int) -> list[Any]:
-    """The first samples of some batches: tensors, and the tensors of one length in tuples, lists and dicts, are cut."""
-    found: list[Any] = []
-    for batch in batches:
-        if samples <= 0:
-            break
-        length = samples_in(batch)
-        found.append(batch if length <= samples else _cut(batch, length, samples))
-        samples -= length
-    return found
-
-
-def _cut(batch: Any, length: int, samples: int) -> Any:
-    return tree_map_only(torch.Tensor, lambda x: x[:samples] if x.dim() and x.shape[0] == length else x, batch)
 
 
 def model_outputs(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None) -> list[list[torch.Tensor]]:

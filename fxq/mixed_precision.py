@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,9 @@ from tqdm import tqdm
 from fxq.calibration import ForwardFn
 from fxq.errors import ConfigError, FxqWarning, InputError
 from fxq.layers import Layer, each_alone, with_float
-from fxq.lockstep import samples_in
-from fxq.measures import Metric, OutputSqnr, evaluate, first_samples
+from fxq.measures import Metric, OutputSqnr, evaluate
 from fxq.partition import regions_of
+from fxq.spread import spread_samples
 
 # Samples of the calibration data that a target in dB is measured with, and those that layers are ranked with: their
 # order needs fewer, and ranking takes most of the time. Where only forward_fn knows what a batch is, it is not cut.
@@ -81,97 +81,111 @@ def _decibels(target: str) -> float:
     return value
 
 
-class KeepFirst:
-    """Data that remembers its first batches while it is read, up to a number of samples."""
+class Judge:
+    """Says whether int8 models are good enough for a budget.
 
-    def __init__(self, data: Iterable[Any], samples: int = TARGET_SAMPLES) -> None:
-        self.data, self.samples = data, samples
-        self.first: list[Any] = []
+    Args:
+        model: the float model.
+        batches: to measure the SQNR on, if that is the budget.
+        budget: what a model may lose.
+        forward_fn: as for :func:`fxq.quantize`.
 
-    def __iter__(self) -> Iterator[Any]:
-        seen = 0
-        for batch in self.data:
-            if seen < self.samples:
-                self.first.append(batch)
-                seen += samples_in(batch)
-            yield batch
+    Raises:
+        ConfigError: if the metric returns no number.
+    """
 
-    def __len__(self) -> int:
-        return len(self.data)  # type: ignore[arg-type]
+    def __init__(self, model: nn.Module, batches: Sequence[Any], budget: Budget, forward_fn: ForwardFn | None) -> None:
+        self.model, self.batches, self.budget, self.forward_fn = model, batches, budget, forward_fn
+        self.sqnr = self.output_sqnr(TARGET_SAMPLES)
+        self.best = math.inf if budget.metric is None else evaluate(budget.metric, model)
+
+    def output_sqnr(self, samples: int) -> OutputSqnr:
+        """The SQNR to the float model's output on so many samples."""
+        chosen = spread_samples(self.batches, samples, whole=self.forward_fn is not None)
+        return OutputSqnr(self.model, chosen, self.forward_fn)
+
+    def score(self, candidate: nn.Module) -> float:
+        """How good a model is: the metric, or the SQNR in dB."""
+        return self.sqnr(candidate) if self.budget.metric is None else evaluate(self.budget.metric, candidate)
+
+    def is_enough(self, score: float) -> bool:
+        """Whether the budget is met."""
+        return score >= (self.budget.sqnr if self.budget.metric is None else self.best - self.budget.max_drop)
+
+    @property
+    def limit(self) -> str:
+        """The budget in words."""
+        if self.budget.metric is None:
+            return f"the target is {self.budget.sqnr:g} dB"
+        return f"max_drop={self.budget.max_drop:g} from {self.best:.4g}"
+
+    def named(self, score: float, is_sqnr: bool = False) -> str:
+        """A score in words; ``is_sqnr`` if it is one where the budget is of a metric."""
+        return f"SQNR {score:.1f} dB" if is_sqnr or self.budget.metric is None else f"metric {score:.4g}"
 
 
 def within_budget(
-    model: nn.Module,
-    prepared: nn.Module,
-    batches: Sequence[Any],
-    budget: Budget,
-    *,
-    convert: Convert,
-    lower: Convert,
-    forward_fn: ForwardFn | None,
-    progress: bool | None,
+    prepared: nn.Module, judge: Judge, *, convert: Convert, lower: Convert, progress: bool | None
 ) -> nn.Module:
     """The calibrated model with the fewest layers float that meets a budget, still to be converted.
 
     Args:
-        model: the float model.
         prepared: calibrated; unchanged.
-        batches: to rank the layers on.
-        budget: what the model may lose.
-        convert: makes a reference graph of a prepared model.
-        lower: makes the int8 model to judge of a prepared model.
-        forward_fn: as for :func:`fxq.quantize`.
+        judge: of int8 models; layers are ranked on its batches.
+        convert: makes a reference graph of a prepared model, to rank layers with.
+        lower: makes the int8 model to judge of a prepared model, with all its corrections.
         progress: show a progress bar; by default only on a terminal.
 
     Raises:
         ConfigError: if the metric returns no number, or if not even the model with all layers float is good enough.
     """
     show = sys.stderr.isatty() if progress is None else progress
-    return _Search(model, prepared, batches, budget, convert, lower, forward_fn, show).run()
+    return _Search(prepared, judge, convert, lower, show).run()
+
+
+def if_enough(refined: nn.Module, otherwise: nn.Module, judge: Judge, lower: Convert, what: str) -> nn.Module:
+    """One of two reference graphs: the first if it meets the budget, which the other is known to; notes which.
+
+    Args:
+        refined: of the layers that :func:`within_budget` chose with other corrections.
+        otherwise: with the corrections it chose them with.
+        judge: of int8 models.
+        lower: makes the int8 model of a reference graph.
+        what: was done to the first.
+    """
+    score = judge.score(lower(refined))
+    enough = judge.is_enough(score)
+    note = f"with {what} {judge.named(score)}" + ("" if enough else ": too low, so they are not used")
+    chosen = refined if enough else otherwise
+    plan = next(iter(regions_of(chosen).values())).plan
+    plan.notes = [*plan.notes, note]
+    return chosen
 
 
 class _Search:
-    def __init__(
-        self, model: nn.Module, prepared: nn.Module, batches: Sequence[Any], budget: Budget, convert: Convert,
-        lower: Convert, forward_fn: ForwardFn | None, show: bool,
-    ) -> None:  # fmt: skip
-        self.prepared, self.budget = prepared, budget
-        few = batches if forward_fn is not None else first_samples(batches, RANKING_SAMPLES)
-        some = batches if forward_fn is not None else first_samples(batches, TARGET_SAMPLES)
-        self.ranked_by, self.sqnr = OutputSqnr(model, few, forward_fn), OutputSqnr(model, some, forward_fn)
+    def __init__(self, prepared: nn.Module, judge: Judge, convert: Convert, lower: Convert, show: bool) -> None:
+        self.prepared, self.judge, self.budget = prepared, judge, judge.budget
+        self.ranked_by = judge.output_sqnr(RANKING_SAMPLES)
         self.convert, self.lower, self.show = convert, lower, show
         self.scores: dict[frozenset[Layer], float] = {}
         self.no_sqnr = False
-        self.best = math.inf if budget.metric is None else evaluate(budget.metric, model)
         self.bar = tqdm(desc="int8 models judged", disable=not show)
 
     def run(self) -> nn.Module:
         score = self._score([])
-        if self._is_enough(score):
-            return self._noted(f"{self._named(score)}: {self._limit}, no layer had to stay float", {})
+        if self.judge.is_enough(score):
+            return self._noted(f"{self.judge.named(score)}: {self.judge.limit}, no layer had to stay float", {})
         ranking = self._rank()
         chosen = self._fewest(ranking)
         costs = self._give_back([layer for layer, _ in chosen])
-        alone = dict(ranking)
+        alone, named = dict(ranking), self.judge.named
         details = {
-            layer: f"alone in int8 {self._named(alone[layer], not self.no_sqnr)}; int8 here too {self._named(cost)}"
+            layer: f"alone in int8 {named(alone[layer], not self.no_sqnr)}; int8 here too {named(cost)}"
             for layer, cost in costs.items()
         }
-        final = self._named(self._score(list(costs)))
+        final = self.judge.named(self._score(list(costs)))
         kept = f"{len(costs)} of {len(ranking)} layers float"
-        return self._noted(f"{final} with {kept}: {self._limit}; all in int8, {self._named(score)}", details)
-
-    @property
-    def _limit(self) -> str:
-        if self.budget.metric is None:
-            return f"the target is {self.budget.sqnr:g} dB"
-        return f"max_drop={self.budget.max_drop:g} from {self.best:.4g}"
-
-    def _named(self, score: float, is_sqnr: bool = False) -> str:
-        return f"SQNR {score:.1f} dB" if is_sqnr or self.budget.metric is None else f"metric {score:.4g}"
-
-    def _is_enough(self, score: float) -> bool:
-        return score >= (self.budget.sqnr if self.budget.metric is None else self.best - self.budget.max_drop)
+        return self._noted(f"{final} with {kept}: {self.judge.limit}; all in int8, {self.judge.named(score)}", details)
 
     def _score(self, floats: Sequence[Layer]) -> float:
         """How good the int8 model is with these layers float."""
@@ -181,11 +195,8 @@ class _Search:
                 warnings.simplefilter("ignore", FxqWarning)
                 candidate = self.lower(with_float(self.prepared, dict.fromkeys(floats, "")))
             self.bar.update()
-            self.scores[key] = self._judged(candidate)
+            self.scores[key] = self.judge.score(candidate)
         return self.scores[key]
-
-    def _judged(self, candidate: nn.Module) -> float:
-        return self.sqnr(candidate) if self.budget.metric is None else evaluate(self.budget.metric, candidate)
 
     def _rank(self) -> list[tuple[Layer, float]]:
         """Layers with what the output is when each alone is int8, the most sensitive first."""
@@ -194,7 +205,7 @@ class _Search:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FxqWarning)
                 reference = self.convert(candidate)
-            return self._judged(reference) if self.no_sqnr else self.ranked_by(reference)
+            return self.judge.score(reference) if self.no_sqnr else self.ranked_by(reference)
 
         try:
             found = each_alone(self.prepared, alone, show=self.show)
@@ -209,16 +220,16 @@ class _Search:
         """The shortest beginning of the ranking that is enough, as far as doubling and bisection see."""
 
         def enough(count: int) -> bool:
-            return self._is_enough(self._score([layer for layer, _ in ranking[:count]]))
+            return self.judge.is_enough(self._score([layer for layer, _ in ranking[:count]]))
 
         low, high = 0, 1
         while not enough(high):
             if high == len(ranking):
                 hint = "lower it" if self.budget.metric is None else "is the metric the same each time it is called?"
-                score = self._named(self._score([layer for layer, _ in ranking]))
+                score = self.judge.named(self._score([layer for layer, _ in ranking]))
                 raise ConfigError(
                     f"not even with all {len(ranking)} layers float is the model good enough: {score}, but "
-                    f"{self._limit}; {hint}"
+                    f"{self.judge.limit}; {hint}"
                 )
             low, high = high, min(2 * high, len(ranking))
         while high - low > 1:
@@ -232,7 +243,7 @@ class _Search:
         for layer in reversed(floats):
             others = [other for other in floats if other is not layer]
             score = self._score(others)
-            if self._is_enough(score):
+            if self.judge.is_enough(score):
                 floats = others
             else:
                 costs[layer] = score

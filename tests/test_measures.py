@@ -15,7 +15,7 @@ from models_for_tests import Lambda
 from torch import nn
 
 from fxq.errors import CalibrationError, ConfigError, InputError
-from fxq.measures import Noise, OutputSqnr, evaluate, first_samples, keep_batches, model_outputs, output_noise
+from fxq.measures import Noise, OutputSqnr, evaluate, keep_batches, model_outputs, output_noise
 from fxq.numerics import sqnr
 
 
@@ -68,16 +68,6 @@ def test_sqnr_of_outputs():
     measure = OutputSqnr(net, [torch.randn(4, 2), torch.randn(2, 2)])
     assert measure(half) == pytest.approx(6.02, abs=0.01)
     assert measure(net) == math.inf
-
-
-def test_first_samples():
-    x, mask = torch.arange(6).view(6, 1), torch.ones(3)
-    assert [b.shape[0] for b in first_samples([x, x, x], 8)] == [6, 2]
-    assert [b.shape[0] for b in first_samples([x[:2]], 8)] == [2]
-    (cut,) = first_samples([{"x": x, "y": [x, "label"], "mask": mask}], 4)
-    assert torch.equal(cut["x"], x[:4]) and torch.equal(cut["y"][0], x[:4])
-    assert cut["y"][1] == "label" and cut["mask"] is mask
-    assert first_samples(["anything"], 1) == ["anything"]
 
 
 def test_keep_batches():

@@ -115,6 +115,49 @@ def test_with_a_budget():
     assert "biases corrected" in str(fxq.summary(qmodel))
 
 
+def test_a_budget_is_judged_with_corrected_biases():
+    """The biases repair the model, so that no layer has to stay float; what is noted is what comes out."""
+    model, seen = net(), []
+    expected = model(X).detach()
+
+    def metric(candidate):
+        seen.append(-(candidate(X) - expected).mean(0).abs().max().item())
+        return seen[-1]
+
+    weight = get_backend("qnnpack").weight.replace(quant_min=-3, quant_max=3, ch_axis=None)
+    qconfig = fxq.QConfig(activation=get_backend("qnnpack").activation, weight=weight)
+    options = {"qconfig": qconfig, "backend": "qnnpack"}
+    plain, corrected = (
+        metric(fxq.quantize(model, [X], calibration=name, **options)) for name in ("default", "advanced")
+    )
+    assert corrected > plain
+    for name in ("advanced", "max"):
+        limit = -(corrected + plain) / 2 if name == "advanced" else -corrected * 1.01
+        seen.clear()
+        qmodel = fxq.quantize(model, [X], calibration=name, metric=metric, max_drop=limit, **options)
+        assert "no layer had to stay float" in fxq.summary(qmodel)
+        if name == "advanced":
+            assert seen == [0, corrected] and metric(qmodel) == corrected
+        else:
+            assert seen[1] == corrected and len(seen) == 3 and metric(qmodel) >= -limit
+            assert "with learned roundings metric" in " ".join(fxq.summary(qmodel).split())
+
+
+def test_learned_roundings_that_miss_the_budget_are_not_used(monkeypatch):
+    def harmful(reference, prepared, data, **options):
+        found = fxq.correct_bias(reference, prepared, data, **options)
+        for name, value in found.named_parameters():
+            if name.endswith("bias"):
+                value.data += 1
+        return found
+
+    monkeypatch.setattr("fxq.api.learn_rounding", harmful)
+    model = net()
+    qmodel = fxq.quantize(model, DATA, calibration="max", target="sqnr:20")
+    assert sqnr(model(X).detach(), qmodel(X)) > 20
+    assert "too low, so they are not used" in " ".join(fxq.summary(qmodel).split())
+
+
 @pytest.mark.parametrize("call", [fxq.quantize, fxq.prepare])
 def test_unknown_names(call):
     with pytest.raises(ConfigError, match=r"unknown calibration 'best'.*simple, default, advanced, max"):
