@@ -107,7 +107,7 @@ def quantize(
     samples = SAMPLES if preset.refines else TARGET_SAMPLES if budget is not None else 0
     data = KeepSpread(calibration_data, samples, whole=forward_fn is not None)
     calibrate(prepared, data, num_batches=num_batches, forward_fn=forward_fn, progress=progress)
-    options = {"samples": SAMPLES, "forward_fn": forward_fn, "progress": progress}
+    options: dict[str, Any] = {"samples": SAMPLES, "forward_fn": forward_fn, "progress": progress}
     if budget is not None:
         judge = Judge(model, data.kept, budget, forward_fn)
         reference = _within_budget(prepared, judge, preset, options)
