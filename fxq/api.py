@@ -13,6 +13,7 @@ from fxq.backends import get_backend
 from fxq.bias_correction import correct_bias
 from fxq.calibration import ForwardFn, calibrate, example_inputs_of, iterate
 from fxq.config import QConfig, QConfigMapping
+from fxq.copying import give_back
 from fxq.engine import require_engine
 from fxq.errors import CalibrationError, FxqWarning, StageError
 from fxq.graph_module import BACKEND, QuantModule, copy_module, transformed_copy
@@ -103,7 +104,7 @@ def quantize(
         calibration_data = _Chained(first, batches, calibration_data)
     else:
         inputs = as_inputs(example_inputs)
-    prepared = _prepare(model, inputs, backend, qconfig, exclude, preset, pow2_scales)
+    prepared = _prepare(model, inputs, backend, qconfig, exclude, preset, pow2_scales, borrow=True)
     samples = SAMPLES if preset.refines else TARGET_SAMPLES if budget is not None else 0
     data = KeepSpread(calibration_data, samples, whole=forward_fn is not None)
     calibrate(prepared, data, num_batches=num_batches, forward_fn=forward_fn, progress=progress)
@@ -117,6 +118,7 @@ def quantize(
     else:
         reference = _to_reference(prepared, stacklevel=4, region_to_reference=_become_reference)
     del prepared  # or its float weights, which went one by one
+    give_back(reference.modules(), model)
     return _lowered(reference)
 
 
@@ -207,6 +209,7 @@ def _prepare(
     exclude: Exclusions,
     preset: Preset,
     pow2_scales: bool,
+    borrow: bool = False,
 ) -> nn.Module:
     require_float(model)
     require_eval(model)
@@ -214,7 +217,7 @@ def _prepare(
     require_engine(table.engine)
     mapping = qconfig if isinstance(qconfig, QConfigMapping) else QConfigMapping().set_global(qconfig)
     config = mapping.resolved(table, exclude, preset.qconfig, pow2_scales)
-    return prepare_model(model, inputs, table, config, equalize=preset.equalize)
+    return prepare_model(model, inputs, table, config, equalize=preset.equalize, borrow=borrow)
 
 
 def require_float(model: nn.Module) -> None:

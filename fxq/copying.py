@@ -1,12 +1,25 @@
-"""Copies of modules that share nothing with the original and never run its code."""
+"""Copies of modules that share nothing with the original and never run its code; what they may borrow for a while.
+
+While one call quantizes a model, nobody else changes it, so a copy may read the model's own weights until they are
+integers. A borrowed weight must never be written: only layers whose code is known borrow theirs, and what is still
+borrowed at the end becomes a copy (:func:`give_back`).
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+# Layers that read their weights and do nothing else with them. An embedding, for one, may scale them in its forward.
+_READING = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
+    nn.MultiheadAttention, NonDynamicallyQuantizableLinear,
+)  # fmt: skip
 
 
 def copy_structure(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -52,3 +65,55 @@ def copy_tensor(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
 def copy_container(value: Any) -> Any:
     """A shallow copy of a container, anything else as it is."""
     return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+
+
+def borrowed(parameters: Iterable[nn.Parameter]) -> dict[int, Any]:
+    """Parameters on the memory of others, by the others' ``id``: a memo for :func:`copy_structure`."""
+    memo: dict[int, Any] = {}
+    for tensor in parameters:
+        if id(tensor) not in memo:
+            made = nn.Parameter(tensor.detach(), tensor.requires_grad)
+            memo[id(tensor)] = memo[id(made)] = made
+    return memo
+
+
+def only_read(
+    known: Iterable[nn.Module], others: Iterable[nn.Module], tensors: Iterable[Any] = ()
+) -> Iterator[nn.Parameter]:
+    """The parameters that nothing but known code reads.
+
+    Args:
+        known: modules of which :func:`only_reads` is true.
+        others: all other modules; what is inside them counts only if it is given too.
+        tensors: what is read without a module.
+    """
+    elsewhere = {id(tensor) for tensor in tensors}
+    elsewhere |= {id(tensor) for module in others for tensor in (*module._parameters.values(), *_listed(module))}
+    return (p for module in known for p in module._parameters.values() if p is not None and id(p) not in elsewhere)
+
+
+def _listed(module: nn.Module) -> Iterator[Any]:
+    """What lists of a module hold, such as a recurrent layer's weights."""
+    return (item for value in vars(module).values() if isinstance(value, list) for item in value)
+
+
+def only_reads(module: nn.Module) -> bool:
+    """Whether a module reads its own weights and runs no code but torch's."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) in _READING and not hooked
+
+
+def give_back(modules: Iterable[nn.Module], model: nn.Module) -> None:
+    """Replace each tensor of some modules that is on the memory of ``model`` by one of their own."""
+    lent = {_memory(tensor) for tensor in model.parameters()} - {None}
+    memo: dict[int, Any] = {}
+    for module in modules:
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and _memory(tensor) in lent:
+                    table[name] = copy_tensor(tensor, memo)
+
+
+def _memory(tensor: torch.Tensor) -> int | None:
+    """The address of a tensor's memory, ``None`` of tensors without one, as empty and mkldnn ones."""
+    return (tensor.untyped_storage().data_ptr() or None) if tensor.layout is torch.strided else None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxq.copying import copy_structure
+from fxq.copying import borrowed, copy_structure, give_back, only_read, only_reads
 from fxq.errors import ConfigError, FxqError, InputError, StageError, TraceError
 from fxq.graph_module import REFERENCE, QuantModule
 from fxq.macs import counting
@@ -201,7 +201,7 @@ def set_partition(model: nn.Module, partition: Partition) -> None:
 
 
 def prepare_partition(
-    model: nn.Module, inputs: Inputs, reason: TraceError, prepare_region: PrepareRegion
+    model: nn.Module, inputs: Inputs, reason: TraceError, prepare_region: PrepareRegion, *, borrow: bool = False
 ) -> nn.Module:
     """Prepare the largest traceable submodules of a model.
 
@@ -210,22 +210,34 @@ def prepare_partition(
         inputs: example inputs of the whole model.
         reason: why the whole cannot be traced.
         prepare_region: prepares one submodule from its inputs and path; TraceError sends the search inside it.
+        borrow: regions may read weights of the model, until :func:`fxq.copying.give_back`.
 
     Raises:
         TraceError: ``reason``, if no submodule with weights can be traced either.
         InputError: if the model fails on the example inputs.
     """
-    clone = copy_structure(model, {}).eval()
-    seen, macs = _first_inputs(clone, inputs)
+    seen, macs = _first_inputs(copy_structure(model, {}).eval(), inputs)  # a copy, because it runs the user's code
+    clone = copy_structure(model, _lent(model) if borrow else {}).eval()
     left: dict[str, str] = {}
     _Search(clone, seen, left, prepare_region).inside(clone, "")
     regions = [path for path, module in clone.named_modules() if isinstance(module, QuantModule)]
     if not regions:
         raise reason
     inside = tuple(f"{path}." for path in regions)
+    if borrow:  # what the user's code may write to must be the copy's own before it runs
+        give_back((part for path, part in clone.named_modules() if not f"{path}.".startswith(inside)), model)
     left_macs = sum(count for path, count in macs.items() if not f"{path}.".startswith(inside))
     set_partition(clone, Partition(reason.statement, left, left_macs))
     return clone
+
+
+def _lent(model: nn.Module) -> dict[int, Any]:
+    """The weights of torch's own layers, for a copy to read."""
+    known: list[nn.Module] = []
+    others: list[nn.Module] = []
+    for module in model.modules():
+        (known if only_reads(module) else others).append(module)
+    return borrowed(only_read(known, others))
 
 
 def _first_inputs(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Inputs], dict[str, int]]:

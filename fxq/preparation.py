@@ -87,12 +87,14 @@ def prepare_model(
     *,
     training: bool = False,
     equalize: bool = False,
+    borrow: bool = False,
 ) -> nn.Module:
     """Prepare a model as one region; where it cannot be traced as a whole, its largest traceable submodules.
 
     Args:
         training: for training with fake quantization instead of calibration.
         equalize: run :class:`Equalize` and :class:`AbsorbBias`, for which the inputs must be real ones.
+        borrow: what is prepared reads weights of the model, until :func:`fxq.copying.give_back`.
 
     Raises:
         TraceError: if nothing of it can be traced.
@@ -103,7 +105,7 @@ def prepare_model(
     def region(module: nn.Module, its_inputs: Inputs, path: str) -> QuantModule:
         around = tuple(qualified_name(type(model.get_submodule(outer))) for outer in _ancestors(path))
         prepared, seen, macs = _prepare_region(
-            module, its_inputs, path, around, table, config, known, training, equalize
+            module, its_inputs, path, around, table, config, known, training, equalize, borrow
         )
         prepare_leaves(prepared, seen, macs, lambda part, given, inner: region(part, given, join(path, inner)))
         return prepared
@@ -111,7 +113,7 @@ def prepare_model(
     try:
         prepared: nn.Module = region(model, inputs, "")
     except TraceError as reason:
-        prepared = prepare_partition(model, inputs, reason, region)
+        prepared = prepare_partition(model, inputs, reason, region, borrow=borrow)
     config.check_names(known)
     if training:
         _restore_modes(prepared, model)
@@ -135,9 +137,11 @@ def _prepare_region(
     known: list[tuple[Origin, str]],
     training: bool,
     equalize: bool,
+    borrow: bool,
 ) -> tuple[QuantModule, Mapping[str, Inputs], Mapping[str, int]]:
     """A prepared region, with what its float modules got and did on the example inputs."""
-    module, untraceable = trace(model, *inputs, follow_mode=training, share=bool(path))  # parts are of a copy
+    share = bool(path) and not borrow  # parts are of a copy
+    module, untraceable = trace(model, *inputs, follow_mode=training, share=share, borrow=borrow)
     plan = QuantPlan(table.name, notes=list(table.notes), model=type(model).__name__, untraceable=untraceable)
     module.meta["fxq"] = plan
     module.meta[BACKEND] = table

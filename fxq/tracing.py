@@ -14,14 +14,14 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxq.copying import copy_container, copy_structure, copy_tensor
+from fxq.copying import borrowed, copy_container, copy_structure, copy_tensor, only_read, only_reads
 from fxq.errors import StageError, TraceError
 from fxq.graph_module import QuantModule, get_attribute, set_tensor
 from fxq.training_mode import mode_flags
@@ -151,6 +151,7 @@ def trace(
     *,
     follow_mode: bool = False,
     share: bool = False,
+    borrow: bool = False,
 ) -> tuple[QuantModule, dict[str, str]]:
     """Trace ``model`` in eval mode.
 
@@ -160,6 +161,7 @@ def trace(
         follow_mode: the model may be in training mode, and every ``training`` argument in the graph is a
             :class:`~fxq.training_mode.ModeFlag`.
         share: let the result have the parameters of ``model``, which is a copy already, instead of its own.
+        borrow: let it read weights where they are, until :func:`fxq.copying.give_back`.
 
     Returns:
         The traced module and, for each float leaf that could not be traced, its path and the reason.
@@ -185,7 +187,7 @@ def trace(
             ) from error
         _restore_defaults(graph, model)
         module = QuantModule(model, graph, type(model).__name__)
-        _independent_copy(module, graph, share)
+        _independent_copy(module, graph, share, borrow)
     leaves = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     return module, {path: why for path, why in tracer.untraceable.items() if path in leaves}
 
@@ -243,21 +245,35 @@ def _restore_defaults(graph: fx.Graph, model: nn.Module) -> None:
             node.args = (parameter.default,)
 
 
-def _independent_copy(root: nn.Module, graph: fx.Graph, share: bool) -> None:
+def _independent_copy(root: nn.Module, graph: fx.Graph, share: bool, borrow: bool) -> None:
     """Replace every tensor (unless to be shared) and leaf module that ``graph`` uses by a copy; ``root`` is a fresh
     GraphModule.
 
     Tensors and modules that were one object stay one object. ``copy.deepcopy`` of the model would refuse
     tensors that are computed from parameters, as the older weight_norm leaves them.
     """
-    memo: dict[int, Any] = {}
     leaves = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    tensors = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    memo: dict[int, Any] = {}
+    if borrow:
+        memo = borrowed(_lent(root, leaves, tensors))
     for path in sorted(leaves, key=len):  # a leaf before what is inside it: only the copy's insides may be replaced
         parent, _, name = path.rpartition(".")
         setattr(root.get_submodule(parent), name, copy_structure(root.get_submodule(path), memo))
     if share:
         return
-    for path in {str(node.target) for node in graph.nodes if node.op == "get_attr"}:
+    for path in tensors:
         value = get_attribute(root, path)
         if isinstance(value, torch.Tensor):
             set_tensor(root, path, copy_tensor(value, memo))
+
+
+def _lent(root: nn.Module, leaves: Iterable[str], tensors: Iterable[str]) -> Iterator[nn.Parameter]:
+    """The parameters that a graph reads in no other way than as weights of torch's own layers."""
+    called = [root.get_submodule(path) for path in leaves]
+    known: list[nn.Module] = []
+    others: list[nn.Module] = []
+    for leaf in called:
+        inside = list(leaf.modules())
+        (known if all(map(only_reads, inside)) else others).extend(inside)
+    return only_read(known, others, [get_attribute(root, path) for path in tensors])
