@@ -108,7 +108,8 @@ def give_back(modules: Iterable[nn.Module], model: nn.Module) -> None:
     lent = {_memory(tensor) for tensor in model.parameters()} - {None}
     memo: dict[int, Any] = {}
     for module in modules:
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
             for name, tensor in table.items():
                 if tensor is not None and _memory(tensor) in lent:
                     table[name] = copy_tensor(tensor, memo)
