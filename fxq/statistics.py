@@ -72,11 +72,12 @@ class Statistics:
         if x.numel() == 0:
             return
         x = _channels_first(x.detach().to(torch.float32), self.ch_axis)
-        low, high = _min_max(x)
+        ends = _ends(x) if every > 1 and self.ch_axis is None else x
+        low, high = _min_max(ends)
         if self.count and low.numel() != self.low.numel():
             raise CalibrationError(f"saw {low.numel()} channels after {self.low.numel()} on axis {self.ch_axis}")
         if every > 1:
-            self._add_part(x, low, high, every)
+            self._add_part(x, ends, low, high, every)
         else:
             self._add(x, low, high)
         self.count += x.numel()
@@ -124,8 +125,8 @@ class Statistics:
         """Add a finite batch ``x``, float32 ``[C, N]``, whose extremes are ``low`` and ``high``, ``[C]``."""
         raise NotImplementedError
 
-    def _add_part(self, x: Tensor, low: Tensor, high: Tensor, every: int) -> None:
-        """As :meth:`_add`, but look only at every n-th element; for statistics that do not count."""
+    def _add_part(self, x: Tensor, ends: Tensor, low: Tensor, high: Tensor, every: int) -> None:
+        """As :meth:`_add`, but look only at every n-th element; ``ends`` are those of :func:`_ends`."""
         self._add(x[:, ::every], low, high)
 
     def _merge(self, other: Self) -> None:
@@ -238,15 +239,27 @@ class HistogramStatistics(MinMaxStatistics):
         _count_into(self.counts, x, self.width.reciprocal())
         super()._add(x, low, high)
 
-    def _add_part(self, x: Tensor, low: Tensor, high: Tensor, every: int) -> None:
+    def _add_part(self, x: Tensor, ends: Tensor, low: Tensor, high: Tensor, every: int) -> None:
+        """A sample, each of its elements ``every`` times, whose tails are exchanged for those of ``x`` itself.
+
+        A tail begins at the sample's own ``_TAIL``-th smallest or largest value. A sample alone would miss most of
+        the rare large values, and a range search would clip them as if they did not matter.
+        """
         if self.ch_axis is not None:
-            super()._add_part(x, low, high, every)
+            super()._add_part(x, ends, low, high, every)
             return
-        bulk, tails = _sample(x[0], every)
-        self._add(tails[None], low, high)
-        counts = torch.zeros_like(self.counts)
-        _count_into(counts, bulk[None], self.width.reciprocal())
-        self.counts.add_(counts, alpha=every)
+        sample = x[0, ::every].contiguous()
+        tail = min(_TAIL, -(-len(sample) // 2))
+        smallest, largest = sample.topk(tail, largest=False).values, sample.topk(tail).values
+        lower, upper = smallest[-1], largest[-1]
+        beyond = [ends[ends < lower]] if low < lower else []
+        beyond += [ends[ends > upper]] if high > upper else []
+        self._add(torch.cat([x[0, :0], *beyond])[None], low, high)
+        counts, own = torch.zeros_like(self.counts), torch.zeros_like(self.counts)
+        _count_into(counts, sample[None], self.width.reciprocal())
+        tails = torch.cat([smallest[smallest < lower], largest[largest > upper]])
+        _count_into(own, tails[None], self.width.reciprocal())
+        self.counts.add_(counts.sub_(own), alpha=every)
 
     def _merge(self, other: Self) -> None:
         if self.bins != other.bins:
@@ -321,21 +334,14 @@ def _coarsen(counts: Tensor, width: Tensor, wider: Tensor) -> Tensor:
     return torch.zeros_like(counts).scatter_add_(1, target, counts)
 
 
-def _sample(x: Tensor, every: int) -> tuple[Tensor, Tensor]:
-    """Every n-th element of ``x``, ``[N]``, without its tails, and the tails of ``x`` itself.
+def _ends(x: Tensor) -> Tensor:
+    """The extremes of columns of ``_ROWS`` elements of ``x``, float32 ``[1, N]``, and the elements that are left over.
 
-    A tail begins at the sample's own ``_TAIL``-th smallest or largest value. A sample alone would miss most of the
-    rare large values, and a range search would clip them as if they did not matter. The extremes of columns of
-    ``_ROWS`` elements stand for all elements there: finding them is ten times faster, and few columns have two.
+    They have the extremes of ``x``, and stand for all elements far out: few columns have two there. Finding them takes
+    no longer than the extremes alone.
     """
-    sample = x[::every].contiguous()
-    tail = min(_TAIL, len(sample))
-    lower, upper = sample.topk(tail, largest=False).values[-1], sample.topk(tail).values[-1]
-    columns = x[: len(x) // _ROWS * _ROWS].view(_ROWS, -1)
-    rest = x[columns.numel() :]
-    lows, highs = torch.cat([columns.amin(0), rest]), torch.cat([columns.amax(0), rest])
-    tails = torch.cat([lows[lows < lower], highs[highs > upper]])
-    return sample[(sample >= lower) & (sample <= upper)], tails
+    columns = x[0, : x.shape[1] // _ROWS * _ROWS].view(_ROWS, -1)
+    return torch.cat([columns.amin(0), columns.amax(0), x[0, columns.numel() :]])[None]
 
 
 def _count_into(counts: Tensor, x: Tensor, inverse_width: Tensor) -> None:
