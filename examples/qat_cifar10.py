@@ -78,8 +78,14 @@ def four_bit(observer: str, activation_observer: str, *, per_channel: bool = Tru
     return fxq.QConfig(activation=table.activation.replace(observer=activation_observer), weight=weight)
 
 
-def train(prepared: nn.Module, training: Images, test: Images, args: argparse.Namespace) -> None:
-    """Cross entropy on the labels; BatchNorm's statistics and the ranges are frozen before the end."""
+def loss_of(outputs: torch.Tensor, labels: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Cross entropy on the labels, and how far the probabilities are from the float model's."""
+    divergence = F.kl_div(outputs.log_softmax(1), expected.log_softmax(1), reduction="batchmean", log_target=True)
+    return F.cross_entropy(outputs, labels) + 2 * divergence
+
+
+def train(prepared: nn.Module, teacher: nn.Module, training: Images, test: Images, args: argparse.Namespace) -> None:
+    """BatchNorm's statistics and the ranges are frozen before the end."""
     steps = args.epochs * (args.images // args.batch_size)
     scales = [parameter for name, parameter in prepared.named_parameters() if name.endswith(".step")]
     others = [parameter for name, parameter in prepared.named_parameters() if not name.endswith(".step")]
@@ -91,8 +97,10 @@ def train(prepared: nn.Module, training: Images, test: Images, args: argparse.Na
         order = torch.randperm(len(training.labels))[: args.images // args.batch_size * args.batch_size]
         progress = tqdm(order.split(args.batch_size), f"epoch {epoch + 1}")
         for batch in progress:
-            outputs = prepared(network_input(augmented(training.pixels[batch])))
-            loss = F.cross_entropy(outputs, training.labels[batch])
+            x = network_input(augmented(training.pixels[batch]))
+            with torch.no_grad():
+                expected = teacher(x)
+            loss = loss_of(prepared(x), training.labels[batch], expected)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -105,8 +113,8 @@ def train(prepared: nn.Module, training: Images, test: Images, args: argparse.Na
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the model and the images")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--images", type=int, default=15_000, help="images an epoch")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--images", type=int, default=9_600, help="images an epoch")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rate", type=float, default=0.003)
     parser.add_argument("--seed", type=int, default=0)
@@ -127,7 +135,7 @@ def main() -> None:
     start = time.perf_counter()
     prepared = fxq.prepare_qat(copy.deepcopy(model).train(), calibration[0], qconfig=four_bit("lsq", "moving_average"))
     fxq.calibrate(prepared, calibration)
-    train(prepared, training, test, args)
+    train(prepared, model.eval(), training, test, args)
     results[f"trained, {(time.perf_counter() - start) / 60:.0f} minutes"] = accuracy(fxq.convert(prepared), test)
     print(tabulate(results.items(), headers=("", "top-1 %"), floatfmt=".1f"))
 

@@ -92,7 +92,7 @@ def decode_plan(record: dict[str, Any]) -> QuantPlan:
         weight_bytes=(record["weight_bytes"][0], record["weight_bytes"][1]),
         untraceable=dict(record["untraceable"]),
         equalized=[Equalized(first, second, tuple(scale)) for first, second, scale in record["equalized"]],
-        absorbed=[Absorbed(first, second, tuple(shift)) for first, second, shift in record.get("absorbed", [])],
+        absorbed=[Absorbed(first, second, tuple(shift)) for first, second, shift in record["absorbed"]],
     )
     wrong = wrong_field(plan)
     if wrong is not None:

@@ -16,7 +16,7 @@ from fxq.backends import get_backend
 from fxq.conv_bn import channel_factor, normalize
 from fxq.fake_quantize import fake_quantizes
 
-X = torch.randn(4, 3, 8, 8)
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LAYERS = {
     "conv2d": (nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), X),
     "conv2d with bias, grouped": (nn.Conv2d(3, 6, 3, groups=3), nn.BatchNorm2d(6), X),
