@@ -8,7 +8,6 @@ Correction" (arXiv:1906.04721).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 from torch.fx import Node
 from tqdm import tqdm
 
-from fxq.calibration import ForwardFn
+from fxq.calibration import ForwardFn, shows_progress
 from fxq.graph_module import QuantModule, get_attribute, set_tensor
 from fxq.lockstep import Step, lockstep
 from fxq.ops import CLAMP, CONV_TRANSPOSES, LINEAR, RELU
@@ -63,7 +62,7 @@ def correct_bias(
         >>> reference = fxq.correct_bias(reference, prepared, batches)                # doctest: +SKIP
         >>> qmodel = fxq.lower(reference, "x86")                                      # doctest: +SKIP
     """
-    show = sys.stderr.isatty() if progress is None else progress
+    show = shows_progress(progress)
 
     def empirical(region: QuantModule, floats: QuantModule, inputs: Sequence[Inputs]) -> None:
         _correct_from_data(region, floats, inputs, show)

@@ -49,9 +49,8 @@ def calibrate(
     if num_batches is not None and num_batches < 1:
         raise CalibrationError(f"num_batches={num_batches}: calibration needs at least one batch")
     parameters = forward_parameters(prepared)
-    show = sys.stderr.isatty() if progress is None else progress
     chosen = itertools.islice(iterate(data), num_batches)
-    batches = tqdm(chosen, "calibrate", _length(data, num_batches), disable=not show)
+    batches = tqdm(chosen, "calibrate", _length(data, num_batches), disable=not shows_progress(progress))
     seen = 0
     with torch.no_grad(), calibrating(prepared):
         for batch in batches:
@@ -64,6 +63,19 @@ def calibrate(
         raise CalibrationError(
             "the calibration data is empty: give at least one batch (a generator can be read only once)"
         )
+
+
+def shows_progress(progress: bool | None) -> bool:
+    """Whether to show a progress bar: as asked for, by default only on a terminal."""
+    return sys.stderr.isatty() if progress is None else progress
+
+
+def run_batch(model: nn.Module, batch: Any, parameters: list[inspect.Parameter], forward_fn: ForwardFn | None) -> Any:
+    """What a model, whose forward has these parameters, makes of a batch."""
+    if forward_fn is not None:
+        return forward_fn(model, batch)
+    args, kwargs = model_inputs(batch, parameters)
+    return model(*args, **kwargs)
 
 
 def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:

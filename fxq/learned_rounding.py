@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from torch.fx import Node
 from tqdm import tqdm
 
 from fxq.bias_correction import correct_layer, give_own_bias
-from fxq.calibration import ForwardFn
+from fxq.calibration import ForwardFn, shows_progress
 from fxq.graph_module import QuantModule, get_attribute
 from fxq.lockstep import Step, lockstep
 from fxq.ops import CONVS, LINEAR
@@ -82,7 +81,7 @@ def learn_rounding(
         >>> reference = fxq.convert_to_reference(prepared)                            # doctest: +SKIP
         >>> reference = fxq.learn_rounding(reference, prepared, batches)              # doctest: +SKIP
     """
-    show = sys.stderr.isatty() if progress is None else progress
+    show = shows_progress(progress)
 
     def learn(region: QuantModule, floats: QuantModule, inputs: Sequence[Inputs]) -> None:
         _learn_region(region, floats, inputs, iterations, show)

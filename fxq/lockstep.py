@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 from torch.fx import Node
 
-from fxq.calibration import ForwardFn, forward_parameters, iterate, model_inputs
+from fxq.calibration import ForwardFn, forward_parameters, iterate, run_batch
 from fxq.errors import CalibrationError
 from fxq.graph_module import QuantModule
 from fxq.partition import Inputs, regions_of
@@ -210,11 +210,7 @@ def _run_batches(model: nn.Module, data: Iterable[Any], samples: int, forward_fn
     parameters = forward_parameters(model)
     seen = 0
     for batch in iterate(data):
-        if forward_fn is not None:
-            forward_fn(model, batch)
-        else:
-            args, kwargs = model_inputs(batch, parameters)
-            model(*args, **kwargs)
+        run_batch(model, batch, parameters, forward_fn)
         seen += samples_in(batch)
         if seen >= samples:
             break

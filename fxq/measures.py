@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from fxq.calibration import ForwardFn, forward_parameters, iterate, model_inputs
+from fxq.calibration import ForwardFn, forward_parameters, iterate, run_batch
 from fxq.errors import CalibrationError, ConfigError, InputError
 
 Metric = Callable[[nn.Module], float]
@@ -79,11 +79,7 @@ def model_outputs(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardF
     outputs = []
     with torch.no_grad():
         for batch in batches:
-            if forward_fn is not None:
-                output = forward_fn(model, batch)
-            else:
-                args, kwargs = model_inputs(batch, parameters)
-                output = model(*args, **kwargs)
+            output = run_batch(model, batch, parameters, forward_fn)
             outputs.append([x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()])
             if not outputs[-1]:
                 what = "forward_fn returned" if forward_fn is not None else "the model returns"

@@ -10,7 +10,6 @@ model on a few samples, and about 2 log2(k) + k int8 models to judge.
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from fxq.calibration import ForwardFn
+from fxq.calibration import ForwardFn, shows_progress
 from fxq.errors import ConfigError, FxqWarning, InputError
 from fxq.layers import Layer, each_alone, with_float
 from fxq.measures import Metric, OutputSqnr, evaluate
@@ -139,8 +138,7 @@ def within_budget(
     Raises:
         ConfigError: if the metric returns no number, or if not even the model with all layers float is good enough.
     """
-    show = sys.stderr.isatty() if progress is None else progress
-    return _Search(prepared, judge, convert, lower, show).run()
+    return _Search(prepared, judge, convert, lower, shows_progress(progress)).run()
 
 
 def if_enough(refined: nn.Module, otherwise: nn.Module, judge: Judge, lower: Convert, what: str) -> nn.Module:

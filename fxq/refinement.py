@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,12 @@ from fxq.calibration import ForwardFn
 from fxq.errors import StageError
 from fxq.graph_module import BACKEND, QuantModule, copy_module, free_path, get_attribute
 from fxq.lockstep import region_inputs
+from fxq.numerics import dequantize
 from fxq.op_table import Backend
 from fxq.ops import Op
 from fxq.partition import Inputs, map_regions, regions_of
+from fxq.passes.find_kernels import int_weight
+from fxq.passes.layer_weights import count_readers, is_shared
 from fxq.plan import Stage
 from fxq.qdq import DEQUANTIZE_CHANNEL, is_dequantize
 
@@ -69,8 +73,8 @@ class QuantLayer:
 
     def dequantized(self, reference: QuantModule) -> torch.Tensor:
         """The real values of the weight."""
-        scale, zero_point = self.qparams(reference)
-        return (self.integers(reference).float() - zero_point) * scale
+        weight = int_weight(reference, self.dequantize)
+        return dequantize(weight.values, weight.qparams, weight.ch_axis)
 
     def float_weight(self, prepared: QuantModule) -> torch.Tensor:
         """The weight before it was quantized."""
@@ -86,6 +90,7 @@ def quant_layers(reference: QuantModule) -> list[QuantLayer]:
     """Layers with an integer weight and a bias that is constant or absent, in the order they run."""
     table: Backend = reference.meta[BACKEND]
     ops = table.dictionary
+    readers = count_readers(reference)
     taken: set[str] = set()
     found = []
     for node in reference.graph.nodes:
@@ -96,17 +101,23 @@ def quant_layers(reference: QuantModule) -> list[QuantLayer]:
         if not is_dequantize(weight) or weight.args[0].op != "get_attr":
             continue
         if bias is None or (isinstance(bias, Node) and bias.op == "get_attr"):
-            found.append(_layer(node, op, weight, bias, reference, taken))
+            found.append(_layer(node, op, weight, bias, reference, readers, taken))
     return found
 
 
 def _layer(
-    node: Node, op: Op, weight: Node, bias: Node | None, reference: QuantModule, taken: set[str]
+    node: Node,
+    op: Op,
+    weight: Node,
+    bias: Node | None,
+    reference: QuantModule,
+    readers: Counter[int],
+    taken: set[str],
 ) -> QuantLayer:
     path = str(weight.args[0].target)  # type: ignore[union-attr]
     values = get_attribute(reference, path)
     bias_path = f"{path.rpartition('.')[0]}.bias".removeprefix(".") if bias is None else str(bias.target)
-    if bias is None or _readers(bias, reference) > 1:
+    if bias is None or is_shared(bias, reference, readers):
         bias_path = _free(reference, bias_path, taken)
     taken.add(bias_path)
     groups = op.get(node, "groups") if "groups" in op.signature.defaults else 1
@@ -120,12 +131,6 @@ def _free(reference: QuantModule, path: str, taken: set[str]) -> str:
         number += 1
         candidate = free_path(reference, f"{path}_{number}")
     return candidate
-
-
-def _readers(tensor: Node, reference: QuantModule) -> int:
-    value = get_attribute(reference, str(tensor.target))
-    nodes = [node for node in reference.graph.nodes if node.op == "get_attr"]
-    return sum(len(node.users) for node in nodes if get_attribute(reference, str(node.target)) is value)
 
 
 def refine(

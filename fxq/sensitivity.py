@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fxq.api import Exclusions, convert_to_reference, prepare
-from fxq.calibration import ForwardFn, calibrate, example_inputs_of
+from fxq.calibration import ForwardFn, calibrate, example_inputs_of, shows_progress
 from fxq.config import QConfig, QConfigMapping
 from fxq.errors import FxqWarning
 from fxq.layers import each_alone
@@ -111,7 +110,6 @@ def sensitivity_records(
         return sqnr(reference) if metric is None else evaluate(metric, reference)
 
     ops = {(record["region"], record["node"]): record["op"] for record in graph_records(prepared)}
-    show = sys.stderr.isatty() if progress is None else progress
     found = [
         {
             "region": layer.path,
@@ -122,6 +120,6 @@ def sensitivity_records(
             "metric": None if metric is None else value,
             "drop": None if metric is None else best - value,
         }
-        for layer, value in each_alone(prepared, measure, show=show)
+        for layer, value in each_alone(prepared, measure, show=shows_progress(progress))
     ]
     return sorted(found, key=lambda record: record["sqnr"] if metric is None else record["metric"])

@@ -106,6 +106,17 @@ def run(step: Pass, module: QuantModule) -> int:
     return Pipeline([step])(module)[step.name]
 
 
+def run_exactly(step: Pass, module: QuantModule, *inputs: Any) -> int:
+    """Run a pass that changes constants: the output stays equal in float, and a second run changes nothing."""
+    expected = module(*inputs)
+    count = run(step, module)
+    torch.testing.assert_close(module(*inputs), expected, rtol=1e-4, atol=1e-4)
+    text = graph_text(module)
+    assert run(step, module) == 0
+    assert graph_text(module) == text
+    return count
+
+
 def op_names(module: QuantModule) -> list[str]:
     """Names of the canonical ops in order; other calls by their target."""
     found = []
