@@ -3,6 +3,7 @@
     python benchmarks/coverage.py --results coverage.jsonl            # all models, one process each; resumable
     python benchmarks/coverage.py --results coverage.jsonl --markdown docs/coverage.md
     python benchmarks/coverage.py --model swin_t                      # one model, one JSON line
+    python benchmarks/coverage.py --results coverage.jsonl --ship     # adds the formats to the rows that lack them
 
 Weights are random but alive: BatchNorm statistics come from a forward pass in which only BatchNorm layers are in
 training mode, and parameters that start as zero or next to zero get ordinary values, so that outputs depend on inputs.
@@ -14,6 +15,11 @@ length each time, the raw output of the head on the feature maps (of the region 
 "rounded input" is the SQNR of the float model against itself when nothing but its input is rounded to 8 bits: what the
 model makes of the smallest error any 8-bit model has. Seconds are CPU seconds to prepare and convert, on one thread.
 "memory" is the peak of quantize in one call, float model included, less one float forward pass, over the float model.
+
+".fxq", "TorchScript", "torch.export" (the program as it is), "lowered again" and "ONNX" (in onnxruntime) say whether
+what is written and read again gives equal numbers: those of the packed model, for programs and ONNX those of the
+reference graph. "3 (0.2%)" is a largest difference of 3 steps of the output, with 0.2 % of the values more than one
+step away; random weights amplify roundings. A model in regions is saved whole, and its regions are written one by one.
 """
 
 from __future__ import annotations
@@ -36,6 +42,8 @@ from typing import Any
 
 import torch
 from peers import convert_torch_ao, prepare_torch_ao
+from random_models import inputs_of, make_alive, model_names, outputs
+from ship import FORMATS, ship
 from tabulate import tabulate
 from torch import nn
 
@@ -44,88 +52,8 @@ from fxq.models import load_model
 from fxq.numerics import choose_qparams, dequantize, quantize, sqnr
 from fxq.partition import partition_of, regions_of
 from fxq.spec import QuantSpec
-from fxq.torchvision_ops import import_torchvision
 
-VIDEO = ("mc3", "mvit", "r2plus1d", "r3d", "s3d", "swin3d")
-DETECTION = ("fasterrcnn", "fcos", "keypointrcnn", "maskrcnn", "retinanet", "ssd")
 UINT8 = QuantSpec(dtype=torch.uint8, quant_min=0, quant_max=255, symmetric=False)
-FIXED_224 = ("vit", "maxvit")  # their position tables are made for this size
-
-
-def model_names() -> list[str]:
-    """Every float model of torchvision."""
-    import_torchvision()
-    import torchvision
-
-    return [name for name in torchvision.models.list_models() if not name.startswith("quantized_")]
-
-
-def inputs_of(name: str, generator: torch.Generator) -> tuple[Any, ...]:
-    """One batch of noise of the kind a model takes."""
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    if name.startswith(DETECTION):
-        return ([torch.rand(3, 256, 256, generator=generator) for _ in range(2)],)
-    if name.startswith("raft"):
-        return tuple(torch.rand(1, 3, 128, 128, generator=generator) * 2 - 1 for _ in range(2))
-    if name.startswith(("mvit", "s3d")):
-        return (noise(1, 3, 16, 224, 224),)
-    if name.startswith(VIDEO):
-        return (noise(1, 3, 8, 112, 112),)
-    size = 224 if name.startswith(FIXED_224) else 299 if name.startswith("inception") else 160
-    return (noise(2, 3, size, size),)
-
-
-def make_alive(model: nn.Module, args: tuple[Any, ...]) -> nn.Module:
-    """Ordinary values for parameters that start at zero or next to it, BatchNorm statistics from a forward pass."""
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and not parameter.any():
-            nn.init.normal_(parameter.data, std=0.02)
-        elif parameter.numel() and parameter.abs().max() < 1e-4 and parameter.any():
-            nn.init.constant_(parameter.data, 0.5)
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = None
-            module.reset_running_stats()
-            module.train()
-    with torch.no_grad():
-        model(*args)
-    return model.eval()
-
-
-def tensors_of(output: Any) -> torch.Tensor:
-    """All float tensors of an output in one vector."""
-    if isinstance(output, torch.Tensor):
-        return output.flatten() if output.is_floating_point() else torch.empty(0)
-    items = output.values() if isinstance(output, dict) else output
-    return torch.cat([tensors_of(item) for item in items])
-
-
-def outputs(model: nn.Module, batches: list[Any]) -> torch.Tensor:
-    """All that a model answers to some batches in one vector; of a detection model its first head's raw output."""
-    found: list[torch.Tensor] = []
-    head = next((model.get_submodule(path) for path in ("rpn.head", "head") if _has(model, path)), None)
-    handle = None
-    if hasattr(model, "transform") and head is not None:
-        handle = head.register_forward_hook(lambda _, __, out: found.append(tensors_of(out)))
-    with torch.no_grad():
-        for batch in batches:
-            out = model(*batch)
-            if handle is None:
-                found.append(tensors_of(out))
-    if handle is not None:
-        handle.remove()
-    return torch.cat(found)
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    try:
-        return isinstance(model.get_submodule(path), nn.Module)
-    except AttributeError:
-        return False
 
 
 def rounded(value: Any) -> Any:
@@ -263,25 +191,38 @@ def _torch_ao(model: nn.Module, batches: list[Any], others: list[Any], expected:
 
 
 def run_all(results: Path, names: list[str], options: argparse.Namespace) -> None:
-    """Measure each model that ``results`` lacks in a process of its own, bounded in time and memory."""
-    done = {row["model"] for row in read(results)}
+    """Measure what ``results`` lacks of each model in a process of its own, bounded in time and memory."""
+    measuring = ["--seeds", str(options.seeds), "--seed-seconds", str(options.seed_seconds)]
+    measuring += ["--peer"] if options.peer else []
     for name in names:
-        if name in done:
-            continue
-        command = [sys.executable, __file__, "--model", name, "--seeds", str(options.seeds)]
-        command += ["--seed-seconds", str(options.seed_seconds), *(["--peer"] if options.peer else [])]
-        try:
-            run = subprocess.run(
-                command, capture_output=True, text=True, timeout=options.seconds,
-                preexec_fn=lambda: _limit_memory(options.gib),
-            )  # fmt: skip
-            lines = run.stdout.strip().splitlines()
-            row = json.loads(lines[-1]) if run.returncode == 0 else _failed(name, run.stderr.strip().splitlines()[-1])
-        except subprocess.TimeoutExpired:
-            row = _failed(name, f"took more than {options.seconds} seconds")
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(name, row["status"], row.get("int8_percent"), row.get("sqnr"), row.get("torch_ao"), flush=True)
+        rows = {row["model"]: row for row in read(results)}
+        if name not in rows:
+            _append(results, {"model": name} | _in_process(["--model", name, *measuring], "status", options))
+        if options.ship and "formats" not in rows.get(name, {}):
+            _append(results, {"model": name} | _in_process(["--model", name, "--ship"], "formats", options))
+        row = next(row for row in read(results) if row["model"] == name)
+        formats = row.get("formats", "")
+        print(name, row["status"], row.get("int8_percent"), row.get("sqnr"), row.get("torch_ao"), formats, flush=True)
+
+
+def _in_process(arguments: list[str], key: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What this script prints, or why it does not under ``key``."""
+    try:
+        run = subprocess.run(
+            [sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=options.seconds,
+            preexec_fn=lambda: _limit_memory(options.gib),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {key: f"fails: took more than {options.seconds} seconds"}
+    if run.returncode != 0:
+        return {key: f"fails: {(run.stderr.strip().splitlines() or [f'exit status {run.returncode}'])[-1]}"}
+    found: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _append(results: Path, row: dict[str, Any]) -> None:
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def _limit_memory(gib: float) -> None:
@@ -289,21 +230,22 @@ def _limit_memory(gib: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _failed(name: str, why: str) -> dict[str, Any]:
-    return {"model": name, "status": f"fails: {why}"}
-
-
 def read(results: Path) -> list[dict[str, Any]]:
-    """The rows measured so far."""
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    """The rows measured so far; what lines of one model say is one row."""
+    rows: dict[str, dict[str, Any]] = {}
+    for line in results.read_text().splitlines() if results.exists() else []:
+        found = json.loads(line)
+        rows.setdefault(found["model"], {}).update(found)
+    return list(rows.values())
 
 
 def table(rows: list[dict[str, Any]], style: str) -> str:
-    """The table that docs/ shows."""
+    """The table that docs/ shows; the formats have columns if they were tried."""
     headers = [
         "model", "traced", "int8 MACs %", "SQNR dB", "torch.ao dB", "cosine", "rounded input dB", "float nodes",
         "weights", "seconds", "torch.ao seconds", "memory", "seeds",
     ]  # fmt: skip
+    shipped = any("formats" in row for row in rows)
     lines = [
         [
             row["model"], row["status"], row.get("int8_percent", ""), _number(row.get("sqnr"), 1),
@@ -311,10 +253,15 @@ def table(rows: list[dict[str, Any]], style: str) -> str:
             _reasons(row.get("float_nodes", {})), f"{row['size_ratio']}x smaller" if row.get("size_ratio") else "",
             _number(row.get("seconds"), 1), _number(row.get("torch_ao_seconds"), 1),
             f"{row['memory']}x" if "memory" in row else "", row.get("seeds", ""),
+            *(_formats(row.get("formats", {})) if shipped else ()),
         ]
         for row in sorted(rows, key=lambda row: str(row["model"]))
     ]  # fmt: skip
-    return tabulate(lines, headers, tablefmt=style, disable_numparse=True)
+    return tabulate(lines, [*headers, *(FORMATS if shipped else ())], tablefmt=style, disable_numparse=True)
+
+
+def _formats(found: dict[str, str] | str) -> list[str]:
+    return [found if isinstance(found, str) else found.get(name, "") for name in FORMATS]
 
 
 def _number(value: float | str | None, digits: int) -> str:
@@ -336,9 +283,12 @@ def main() -> None:
     parser.add_argument("--seed-seconds", type=float, default=60, help="begin no other seed of a model after these")
     parser.add_argument("--seconds", type=int, default=900, help="limit of one model")
     parser.add_argument("--gib", type=float, default=20.0, help="limit of address space of one model")
+    parser.add_argument("--ship", action="store_true", help="write and run every format; with --model, only that")
     parser.add_argument("--peer", action="store_true", help="run torch.ao FX on the same model and data")
     options = parser.parse_args()
-    if options.model:
+    if options.model and options.ship:
+        print(json.dumps(ship(options.model)))
+    elif options.model:
         print(json.dumps(measure(options.model, options.peer, options.seeds, options.seed_seconds)))
     elif options.markdown:
         title, _, rest = (__doc__ or "").partition("\n\n    python")
