@@ -24,6 +24,7 @@ from fxq.op_table import Backend
 from fxq.partition import Inputs, map_regions, partition_of, regions_of
 from fxq.pass_base import Pipeline
 from fxq.passes.absorb_clamp import AbsorbClamp
+from fxq.passes.correct_bias import CorrectBias
 from fxq.passes.finish_training import TRAINABLE, FinishTraining
 from fxq.passes.fold_batchnorm import FoldBatchNorm
 from fxq.passes.lower import lower as lower_graph
@@ -177,8 +178,9 @@ def prepare(
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; only their shapes and
             dtypes matter, except where layers are equalized: then they must be real inputs, some dozens.
         backend, qconfig, exclude, pow2_scales: as for :func:`quantize`.
-        calibration: a preset's observers and, where weights have one scale a tensor, its equalization. Its
-            corrections come after conversion: :func:`fxq.correct_bias`, :func:`fxq.learn_rounding`.
+        calibration: a preset's observers, what it corrects for the rounding of weights and, where these have one
+            scale a tensor, its equalization. Corrections from data come after conversion:
+            :func:`fxq.correct_bias`, :func:`fxq.learn_rounding`.
 
     Raises:
         FxqError: one of its kinds, naming what is wrong and the remedy.
@@ -217,7 +219,7 @@ def _prepare(
     require_engine(table.engine)
     mapping = qconfig if isinstance(qconfig, QConfigMapping) else QConfigMapping().set_global(qconfig)
     config = mapping.resolved(table, exclude, preset.qconfig, pow2_scales)
-    return prepare_model(model, inputs, table, config, equalize=preset.equalize, borrow=borrow)
+    return prepare_model(model, inputs, table, config, preset=preset, borrow=borrow)
 
 
 def require_float(model: nn.Module) -> None:
@@ -271,7 +273,8 @@ def _become_reference(module: QuantModule) -> QuantModule:
     if TRAINABLE in module.plan.properties:
         module.eval().cpu().float()  # it may have trained elsewhere and in another precision
         Pipeline([FinishTraining(training_rows()), FoldBatchNorm(table.dictionary)])(module)
-    Pipeline([ToReference(table, table.dictionary), AbsorbClamp(table.dictionary), SimplifyQDQ()])(module)
+    ops = table.dictionary
+    Pipeline([CorrectBias(ops), ToReference(table, ops), AbsorbClamp(ops), SimplifyQDQ()])(module)
     module.release_unused()
     module.plan.stage = Stage.REFERENCE
     return module

@@ -40,7 +40,8 @@ def correct_bias(
     a layer's correction is shrunk by the share of it that their scatter explains, and one sample corrects nothing.
 
     Without data: ``(W - W_int8) * E[input]``, where the input comes from a layer that a BatchNorm was folded into,
-    directly or through relu or clamp; the BatchNorm's statistics then tell the input's mean. Other layers stay.
+    directly or through relu or clamp; the BatchNorm's statistics then tell the input's mean. Other layers stay, and so
+    do those whose input means were recorded while calibrating: conversion has corrected them.
 
     Args:
         reference: from ``fxq.convert_to_reference(prepared)``; unchanged.
@@ -138,6 +139,8 @@ def _correct_from_statistics(reference: QuantModule, prepared: QuantModule, inpu
     twins = {node.name: node for node in prepared.graph.nodes}
     corrected = 0
     for layer in quant_layers(reference):
+        if layer.node.name in prepared.plan.input_means:
+            continue  # corrected when it was converted
         mean = _input_mean(twins[layer.node.name], prepared, layer)
         if mean is None:
             continue

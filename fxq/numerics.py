@@ -89,8 +89,10 @@ def _rounded(x: torch.Tensor, inverse: torch.Tensor, zero_point: torch.Tensor, s
 
 def dequantize(q: torch.Tensor, qparams: QParams, ch_axis: int | None = None) -> torch.Tensor:
     """Real float32 values ``scale * (q - zero_point)`` of the integers ``q``."""
-    scale = _broadcast(qparams.scale, q, ch_axis)
-    return (q.to(torch.float32) - _broadcast(qparams.zero_point, q, ch_axis)) * scale
+    real = q.to(torch.float32)  # in place from here: a large weight's temporaries would double the memory
+    real -= _broadcast(qparams.zero_point, q, ch_axis)
+    real *= _broadcast(qparams.scale, q, ch_axis)
+    return real
 
 
 def sqnr(expected: torch.Tensor, actual: torch.Tensor) -> float:

@@ -187,6 +187,7 @@ class QuantPlan:
         groups: slots with the same number share one observer and so one scale and zero_point.
         fixed: groups whose qparams are dictated by a kernel: ``{group: (scale, zero_point)}``.
         observers: module path of each group's observer, while the graph is prepared.
+        input_means: module path of what records the mean of a layer's input, by the layer, while it is prepared.
         regions: nodes that become one kernel.
         decisions: exactly one for each call node once ``"annotated"``.
         origins: module path and spelling of each node in the user's model.
@@ -212,6 +213,7 @@ class QuantPlan:
     groups: dict[Slot, int] = field(default_factory=dict)
     fixed: dict[int, tuple[float, int]] = field(default_factory=dict)
     observers: dict[int, str] = field(default_factory=dict)
+    input_means: dict[str, str] = field(default_factory=dict)
     regions: list[Region] = field(default_factory=list)
     decisions: dict[str, Decision] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
@@ -283,6 +285,6 @@ class QuantPlan:
             raise PlanError(f"no decision for {sorted(undecided)[:5]}")
 
     def observer_nodes(self, graph: Graph) -> list[str]:
-        """Names of the nodes that call observers."""
-        paths = set(self.observers.values())
+        """Names of the nodes that only watch: calls of observers and of what records input means."""
+        paths = {*self.observers.values(), *self.input_means.values()}
         return [node.name for node in graph.nodes if node.op == "call_module" and node.target in paths]

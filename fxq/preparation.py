@@ -28,17 +28,21 @@ from fxq.passes.insert_fake_quantize import InsertFakeQuantize
 from fxq.passes.insert_observers import InsertObservers
 from fxq.passes.qat_conv_bn import AttachBatchNorm, DetachBatchNorm, Records
 from fxq.passes.record_facts import RecordFacts
+from fxq.passes.record_input_means import RecordInputMeans
 from fxq.passes.rewrite_scalars import RewriteScalars
 from fxq.passes.share_qparams import ShareQParams
 from fxq.plan import EXCLUDED, Origin, QuantPlan, Stage, float_decision
+from fxq.presets import PRESETS, Preset
 from fxq.tracing import trace
 from fxq.training_table import training_table
 
-_FOR_PRESETS = (Equalize, AbsorbBias)  # that ask for it
+_PLAIN = PRESETS["simple"]
 
 
-def prepare_passes(table: Backend, config: ResolvedConfig, inputs: Inputs, equalize: bool = False) -> list[Pass]:
-    """What happens between the canonical graph and the prepared one, in order; equalization only if asked for."""
+def prepare_passes(
+    table: Backend, config: ResolvedConfig, inputs: Inputs, preset: Preset = _PLAIN
+) -> list[Pass]:
+    """What happens between the canonical graph and the prepared one, in order; some of it only if a preset asks."""
     ops = table.dictionary
     steps = [
         ExposeProjections(config),
@@ -54,8 +58,10 @@ def prepare_passes(table: Backend, config: ResolvedConfig, inputs: Inputs, equal
         DropIslands(table),
         ShareQParams(table, ops),
         InsertObservers(table),
+        RecordInputMeans(ops),
     ]
-    return [step for step in steps if equalize or not isinstance(step, _FOR_PRESETS)]
+    asked = {Equalize: preset.equalize, AbsorbBias: preset.equalize, RecordInputMeans: preset.correct_rounding}
+    return [step for step in steps if asked.get(type(step), True)]
 
 
 def prepare_training_passes(table: Backend, config: ResolvedConfig, inputs: Inputs, model: nn.Module) -> list[Pass]:
@@ -86,14 +92,14 @@ def prepare_model(
     config: ResolvedConfig,
     *,
     training: bool = False,
-    equalize: bool = False,
+    preset: Preset = _PLAIN,
     borrow: bool = False,
 ) -> nn.Module:
     """Prepare a model as one region; where it cannot be traced as a whole, its largest traceable submodules.
 
     Args:
         training: for training with fake quantization instead of calibration.
-        equalize: run :class:`Equalize` and :class:`AbsorbBias`, for which the inputs must be real ones.
+        preset: one that equalizes needs real inputs.
         borrow: what is prepared reads weights of the model, until :func:`fxq.copying.give_back`.
 
     Raises:
@@ -105,7 +111,7 @@ def prepare_model(
     def region(module: nn.Module, its_inputs: Inputs, path: str) -> QuantModule:
         around = tuple(qualified_name(type(model.get_submodule(outer))) for outer in _ancestors(path))
         prepared, seen, macs = _prepare_region(
-            module, its_inputs, path, around, table, config, known, training, equalize, borrow
+            module, its_inputs, path, around, table, config, known, training, preset, borrow
         )
         prepare_leaves(prepared, seen, macs, lambda part, given, inner: region(part, given, join(path, inner)))
         return prepared
@@ -136,7 +142,7 @@ def _prepare_region(
     config: ResolvedConfig,
     known: list[tuple[Origin, str]],
     training: bool,
-    equalize: bool,
+    preset: Preset,
     borrow: bool,
 ) -> tuple[QuantModule, Mapping[str, Inputs], Mapping[str, int]]:
     """A prepared region, with what its float modules got and did on the example inputs."""
@@ -157,7 +163,7 @@ def _prepare_region(
     if training:
         passes = Pipeline(prepare_training_passes(table, config, inputs, model))
     else:
-        passes = Pipeline(prepare_passes(table, config, inputs, equalize))
+        passes = Pipeline(prepare_passes(table, config, inputs, preset))
     seen: Mapping[str, Inputs] = {}
     macs: Mapping[str, int] = {}
     if leaves_to_search(module):

@@ -25,7 +25,9 @@ class Preset:
             channels to what is best for the sum of them destroys the channel with the largest weights.
         equalize: scale layers that follow each other against each other where weights have one scale a tensor
             (:mod:`fxq.passes.equalize`), and absorb high biases (:mod:`fxq.passes.absorb_bias`).
-        correct_bias: take the mean error out of each layer's bias (:func:`fxq.correct_bias`).
+        correct_rounding: take out of each layer's bias what rounding its weight adds to the mean of its output, by
+            means recorded while calibrating (:mod:`fxq.passes.correct_bias`).
+        correct_bias: take out the mean error of any cause, measured layer by layer (:func:`fxq.correct_bias`).
         learn_rounding: learn whether each weight is rounded up or down (:func:`fxq.learn_rounding`).
     """
 
@@ -33,6 +35,7 @@ class Preset:
     activation: str | None = None
     weight: str | None = None
     equalize: bool = False
+    correct_rounding: bool = True
     correct_bias: bool = False
     learn_rounding: bool = False
 
@@ -51,8 +54,10 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "simple": Preset(text="the smallest and largest value seen", activation="minmax", weight="minmax"),
-    "default": Preset(text="the backend's recommended observers"),
+    "simple": Preset(
+        text="the smallest and largest value seen", activation="minmax", weight="minmax", correct_rounding=False
+    ),
+    "default": Preset(text="the backend's recommended observers; biases make up for the rounding of weights"),
     "advanced": Preset(
         text="histogram ranges that clip outliers, clipped weights, equalized layers (where weights have one scale a "
         "tensor), corrected biases; no labels, no gradients",

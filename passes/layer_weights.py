@@ -57,8 +57,13 @@ def scale_inputs(weight: torch.Tensor, scale: torch.Tensor, op: Op, layer: Node)
 
 
 def constant_response(weight: torch.Tensor, value: torch.Tensor, op: Op, layer: Node) -> torch.Tensor:
-    """What a conv or linear layer without padding and bias makes of inputs that are ``value``, ``[in]``, everywhere."""
-    return scale_inputs(weight, value, op, layer).flatten(1).sum(1)
+    """What a conv or linear layer without padding and bias makes of inputs that are ``value``, ``[in]``, everywhere.
+
+    Not of a transposed conv, where places differ.
+    """
+    kernel = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+    groups = 1 if op is LINEAR else op.get(layer, "groups")
+    return (kernel.reshape(groups, -1, kernel.shape[1]) @ value.reshape(groups, -1, 1)).flatten()
 
 
 def is_padded(node: Node, op: Op) -> bool:

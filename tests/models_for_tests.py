@@ -18,6 +18,7 @@ from fxq.pass_base import Pass, Pipeline
 from fxq.passes.canonicalize import Canonicalize
 from fxq.plan import QuantPlan, Reason
 from fxq.preparation import prepare_passes
+from fxq.presets import get_preset
 from fxq.qdq import is_dequantize, is_quantize
 from fxq.tracing import trace
 
@@ -95,7 +96,7 @@ def before(
     mapping = qconfig or QConfigMapping()
     module = fresh(model, *inputs)
     Pipeline([Canonicalize(table.dictionary)])(module)
-    steps = prepare_passes(table, mapping.resolved(table, exclude), (inputs, {}))
+    steps = prepare_passes(table, mapping.resolved(table, exclude), (inputs, {}), get_preset("default"))
     at = next(position for position, step in enumerate(steps) if type(step) is last)
     Pipeline(steps[:at])(module)
     return module, steps[at]

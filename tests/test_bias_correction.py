@@ -28,7 +28,7 @@ def net(**options) -> nn.Module:
 
 
 def both(model, data=DATA, qconfig="per_tensor") -> tuple[nn.Module, nn.Module]:
-    prepared = fxq.prepare(model, data[0], qconfig=qconfig)
+    prepared = fxq.prepare(model, data[0], qconfig=qconfig, calibration="simple")  # which corrects nothing
     fxq.calibrate(prepared, data)
     return prepared, fxq.convert_to_reference(prepared)
 
@@ -181,3 +181,13 @@ def test_without_statistics_nothing_changes():
     prepared, reference = both(Lambda(lambda m, x: m.b(torch.relu(m.a(x))), a=conv(3, 8), b=conv(8, 4)))
     corrected = fxq.correct_bias(reference, prepared)
     assert torch.equal(corrected(DATA[0]), reference(DATA[0]))
+
+
+def test_statistics_do_not_correct_again_what_conversion_has():
+    model = net()
+    prepared = fxq.prepare(model, DATA[0], qconfig="per_tensor")
+    fxq.calibrate(prepared, DATA)
+    reference = fxq.convert_to_reference(prepared)
+    again = fxq.correct_bias(reference, prepared)
+    for name in "abc":
+        assert torch.equal(getattr(again, name).bias, getattr(reference, name).bias)

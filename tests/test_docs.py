@@ -28,6 +28,7 @@ import torch
 from fxq.api import get_backend
 from fxq.observers import OBSERVERS
 from fxq.preparation import prepare_passes, prepare_training_passes
+from fxq.presets import get_preset
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")) if path.is_file())
@@ -139,7 +140,7 @@ def resolves(name: str) -> bool:
 def test_the_design_page_lists_every_pass_in_order() -> None:
     common = (get_backend("qnnpack"), None, ((), {}))
     page = blocks((ROOT / "docs" / "design.md").read_text())
-    pipelines = (prepare_passes(*common, equalize=True), prepare_training_passes(*common, None))
+    pipelines = (prepare_passes(*common, get_preset("advanced")), prepare_training_passes(*common, None))
     for block, steps in zip(page, pipelines, strict=False):
         passes = [step.name for step in steps]
         listed = [line.split()[0] for line in block.text.splitlines() if line.strip()]

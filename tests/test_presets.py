@@ -36,7 +36,8 @@ def test_every_preset_quantizes_what_can_be_read_once(name, qconfig):
     qmodel = fxq.quantize(model, iter(DATA), calibration=name, qconfig=qconfig)
     assert sqnr(model(X).detach(), qmodel(X)) > 20
     notes = str(fxq.summary(qmodel))
-    assert ("biases corrected" in notes) == (name in ("advanced", "max"))
+    assert ("for the rounding of their weights" in notes) == (name != "simple")
+    assert ("layers, from " in notes) == (name == "advanced")  # learning roundings corrects biases by the way
     assert ("roundings learned" in notes) == (name == "max")
     assert ("equalize" in str(fxq.fusion_table(qmodel))) == (name in ("advanced", "max") and qconfig == "per_tensor")
 

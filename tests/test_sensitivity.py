@@ -28,7 +28,8 @@ def test_each_number_is_that_of_one_layer_quantized():
     fake = torch.fake_quantize_per_tensor_affine
     x = torch.cat(data)
     before = fake(torch.relu(net.a(x)), *quantizes["relu_q"])
-    after = fake(torch.relu(F.conv2d(before, weight, net.b.bias, padding=1)), *quantizes["relu_1_q"])
+    bias = reference.get_parameter("b.bias")
+    after = fake(torch.relu(F.conv2d(before, weight, bias, padding=1)), *quantizes["relu_1_q"])
     expected = sqnr(net(x), net.c(after).mean((2, 3)))
     assert found["b"]["sqnr"] == pytest.approx(expected, abs=0.02)
     assert (found["b"]["module"], found["b"]["op"], found["b"]["metric"]) == ("b", "conv2d + relu", None)

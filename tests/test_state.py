@@ -129,7 +129,8 @@ def test_loading_leaves_copies_and_siblings_alone() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_copies_and_pickles(stage: str, make) -> None:
     model = at(stage, make())
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for copied in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+        again = copied(model)
         bits(again(X), model(X))
         bits(final(again)(X), final(model)(X))
         assert fxq.graph_records(again) == fxq.graph_records(model)
