@@ -67,6 +67,28 @@ def copy_container(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, (dict, list, set)) else value
 
 
+def copy_inputs(value: Any) -> Any:
+    """Inputs as they are now: tensors as they are, and copies of objects that a model may change, such as a cache of
+    keys and values.
+    """
+    return _copy_input(value, {})
+
+
+def _copy_input(value: Any, memo: dict[int, Any]) -> Any:
+    if value is None or isinstance(value, (torch.Tensor, nn.Module, bool, int, float, str)):
+        return value
+    if type(value) in (tuple, list):
+        return type(value)(_copy_input(item, memo) for item in value)
+    if isinstance(value, dict):
+        clone = copy.copy(value)
+        clone.update((key, _copy_input(item, memo)) for key, item in value.items())
+        return clone
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # what cannot be copied is taken to be constant
+        return value
+
+
 def borrowed(parameters: Iterable[nn.Parameter]) -> dict[int, Any]:
     """Parameters on the memory of others, by the others' ``id``: a memo for :func:`copy_structure`."""
     memo: dict[int, Any] = {}

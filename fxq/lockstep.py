@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.fx import Node
 
 from fxq.calibration import ForwardFn, forward_parameters, iterate, run_batch
+from fxq.copying import copy_inputs
 from fxq.errors import CalibrationError
 from fxq.graph_module import QuantModule
 from fxq.partition import Inputs, regions_of
@@ -46,7 +47,7 @@ class Walk:
         self.size = len(inputs)
         self._interpreter = fx.Interpreter(module)
         self._observers = set(module.plan.observer_nodes(module.graph))
-        self._inputs = [_bound(module, args, kwargs) for args, kwargs in inputs]
+        self._inputs = [_bound(module, *copy_inputs(given)) for given in inputs]
         self._values: dict[Node, list[Any]] = {}
         self._last = _last_reads(module.graph)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxq.copying import borrowed, copy_structure, give_back, only_read, only_reads
+from fxq.copying import borrowed, copy_inputs, copy_structure, give_back, only_read, only_reads
 from fxq.errors import ConfigError, FxqError, InputError, StageError, TraceError
 from fxq.graph_module import REFERENCE, QuantModule
 from fxq.macs import counting
@@ -133,7 +133,7 @@ def region_inputs(model: nn.Module, inputs: Inputs) -> dict[int, Inputs]:
     seen: dict[int, Inputs] = {}
 
     def record(region: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.setdefault(id(region), (args, kwargs))
+        seen.setdefault(id(region), copy_inputs((args, kwargs)))
 
     handles = [region.register_forward_pre_hook(record, with_kwargs=True) for region in regions_of(model).values()]
     try:
@@ -243,8 +243,9 @@ def _lent(model: nn.Module) -> dict[int, Any]:
 def _first_inputs(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Inputs], dict[str, int]]:
     """The inputs of each submodule's first call when the model runs on its example inputs, and each layer's work."""
     try:
+        args, kwargs = copy_inputs(inputs)
         with torch.no_grad(), recording(model) as (seen, macs):
-            model(*inputs[0], **inputs[1])
+            model(*args, **kwargs)
     except FxqError:
         raise
     except Exception as error:
@@ -262,7 +263,8 @@ def recording(model: nn.Module) -> Iterator[tuple[dict[str, Inputs], dict[str, i
             continue
 
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
-            seen.setdefault(path, (args, kwargs))
+            if path not in seen:
+                seen[path] = copy_inputs((args, kwargs))
 
         handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
     try:

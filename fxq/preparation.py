@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from fxq.config import ResolvedConfig, qualified_name
-from fxq.errors import TraceError
+from fxq.copying import copy_inputs, copy_structure
+from fxq.errors import InputError, TraceError
 from fxq.graph_module import BACKEND, QuantModule
 from fxq.op_table import Backend
 from fxq.partition import Inputs, join, leaves_to_search, prepare_leaves, prepare_partition, recording
@@ -110,9 +112,16 @@ def prepare_model(
 
     def region(module: nn.Module, its_inputs: Inputs, path: str) -> QuantModule:
         around = tuple(qualified_name(type(model.get_submodule(outer))) for outer in _ancestors(path))
-        prepared, seen, macs = _prepare_region(
-            module, its_inputs, path, around, table, config, known, training, preset, borrow
-        )
+        try:
+            prepared, seen, macs = _prepare_region(
+                module, its_inputs, path, around, table, config, known, training, preset, borrow
+            )
+        except InputError as error:
+            if not _runs(module, its_inputs):
+                raise
+            statement = f"what was traced fails where the model does not: {error}"
+            message = f"{type(module).__name__} cannot be traced with torch.fx: {statement}"
+            raise TraceError(message, statement) from error
         prepare_leaves(prepared, seen, macs, lambda part, given, inner: region(part, given, join(path, inner)))
         return prepared
 
@@ -124,6 +133,17 @@ def prepare_model(
     if training:
         _restore_modes(prepared, model)
     return prepared
+
+
+def _runs(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a model itself runs on its example inputs."""
+    args, kwargs = copy_inputs(inputs)
+    try:
+        with torch.no_grad():
+            copy_structure(model, {}).eval()(*args, **kwargs)
+    except Exception:
+        return False
+    return True
 
 
 def _restore_modes(prepared: nn.Module, model: nn.Module) -> None:

@@ -7,7 +7,9 @@ their place, so exactly the innermost module that cannot be traced is left out.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import dis
+import functools
 import inspect
 import operator
 import os
@@ -20,10 +22,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx._symbolic_trace import _assert_is_none
 
 from fxq.copying import borrowed, copy_container, copy_structure, copy_tensor, only_read, only_reads
 from fxq.errors import StageError, TraceError
 from fxq.graph_module import QuantModule, get_attribute, set_tensor
+from fxq.torch_transformer import LAYERS, traceable_transformers
 from fxq.training_mode import mode_flags
 
 
@@ -83,6 +87,8 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     _record_augmented(_name)
 
 
+_SWITCHES = (bool, str, type(None))  # what branches are taken by
+
 # torch.fx patches nn.Module itself while it traces, so only one trace can be under way.
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -91,15 +97,56 @@ class Tracer(fx.Tracer):
     """A ``torch.fx`` tracer that contains failures; ``untraceable`` maps module paths to reasons.
 
     It lets models that other threads run meanwhile pass through the patched ``nn.Module`` untouched.
+
+    Args:
+        inputs, keywords: example inputs; parameters of the model's forward they do not give keep their defaults.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: tuple[Any, ...] = (), keywords: Mapping[str, Any] | None = None) -> None:
         super().__init__(autowrap_functions=())
+        self.inputs, self.keywords = inputs, keywords or {}
         self.untraceable: dict[str, str] = {}
         self._thread = threading.get_ident()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """One placeholder a parameter of forward, also behind decorators and with ``**kwargs``, which torch.fx takes
+        no defaults beside.
+        """
+        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        named = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+        given = dict(zip((parameter.name for parameter in named), self.inputs, strict=False)) | dict(self.keywords)
+        values = {parameter.name: self._placeholder(parameter, given) for parameter in named}
+        for name in given.keys() - values.keys():  # those that **kwargs takes
+            more = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            values[name] = self._placeholder(more, given)
+        by_position = [values.pop(p.name) for p in named if p.kind is p.POSITIONAL_ONLY]
+        return functools.partial(root_fn, self.root, *by_position, **values), []
+
+    def _placeholder(self, parameter: inspect.Parameter, given: Mapping[str, Any]) -> Any:
+        """What forward is traced with for a parameter: a proxy, or a switch, which callers cannot change later."""
+        name, default = parameter.name, parameter.default
+        proxy = self.create_proxy("placeholder", name, (), {})
+        if default is not parameter.empty:
+            proxy.node.args = (default,)  # callers may leave it out as before
+        value = given.get(name, default)
+        if name in given and not isinstance(value, _SWITCHES):
+            return proxy
+        message = f"{name} was {value!r} when the model was traced, and can have no other value"
+        if value is None:
+            self.create_proxy("call_function", _assert_is_none, (proxy, message), {})
+        elif isinstance(value, (*_SWITCHES, int, float, tuple, list)):
+            torch._assert(operator.eq(proxy, value), message)
+        return value
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) not in LAYERS and super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -116,6 +163,13 @@ class Tracer(fx.Tracer):
             self._erase_after(last)
             self.module_stack = around
             return self.create_proxy("call_module", path, args, kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, dict) and dataclasses.is_dataclass(a):  # of torch.fx it would become an ordinary dict
+            given = {field.name: getattr(a, field.name) for field in dataclasses.fields(a)}
+            fields = {name: self.create_arg(value) for name, value in given.items() if value is not None}
+            return self.create_node("call_function", type(a), (), fields)
+        return super().create_arg(a)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
@@ -172,10 +226,11 @@ def trace(
     """
     if not follow_mode:
         require_eval(model)
-    tracer = Tracer()
-    with _ONE_AT_A_TIME, _left_as_it_is(model), mode_flags(model) if follow_mode else contextlib.nullcontext():
+    tracer = Tracer(args, kwargs)
+    modes = mode_flags(model) if follow_mode else contextlib.nullcontext()
+    with _ONE_AT_A_TIME, _left_as_it_is(model), traceable_transformers(), modes:
         try:
-            graph = tracer.trace(model, concrete_args=_absent_arguments(model, args, kwargs))
+            graph = tracer.trace(model)
         except Exception as error:
             statement = blocking_statement(error)
             raise TraceError(
@@ -185,7 +240,6 @@ def trace(
                 f"stays float",
                 statement,
             ) from error
-        _restore_defaults(graph, model)
         module = QuantModule(model, graph, type(model).__name__)
         _independent_copy(module, graph, share, borrow)
     leaves = {str(node.target) for node in graph.nodes if node.op == "call_module"}
@@ -220,29 +274,6 @@ def require_eval(model: nn.Module) -> None:
         if module.training:
             what = f"module '{name}' ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
             raise StageError(f"{what} is in training mode; call model.eval() first")
-
-
-def _absent_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Defaults of the forward parameters that the example inputs leave out."""
-    absent: dict[str, Any] = {}
-    for position, (name, parameter) in enumerate(inspect.signature(model.forward).parameters.items()):
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            return None  # torch.fx takes no concrete arguments beside *args
-        given = position < len(args) or name in kwargs
-        if not given and parameter.default is not parameter.empty:
-            absent[name] = parameter.default
-    return absent or None
-
-
-def _restore_defaults(graph: fx.Graph, model: nn.Module) -> None:
-    """Give fixed parameters their defaults again, so that callers may leave them out as before."""
-    parameters = inspect.signature(model.forward).parameters
-    for node in graph.nodes:
-        if node.op != "placeholder" or node.args:
-            continue
-        parameter = parameters.get(str(node.target).rsplit("_", 1)[0])
-        if parameter is not None and str(node.target) not in parameters and parameter.default is not parameter.empty:
-            node.args = (parameter.default,)
 
 
 def _independent_copy(root: nn.Module, graph: fx.Graph, share: bool, borrow: bool) -> None:

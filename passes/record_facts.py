@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch.fx import Interpreter, Node
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from fxq.copying import copy_inputs
 from fxq.errors import InputError
 from fxq.graph_module import QuantModule
 from fxq.macs import Counter, counting, node_macs
@@ -31,10 +33,11 @@ class RecordFacts(Pass):
         plan.macs.clear()
         recorder = _Recorder(module, plan, self.ops)
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        values = list(self.args)
+        args, kwargs = copy_inputs((self.args, self.kwargs))
+        values = list(args)
         for node in placeholders[len(values) :]:
-            if node.target in self.kwargs:
-                values.append(self.kwargs[str(node.target)])
+            if node.target in kwargs:
+                values.append(kwargs[str(node.target)])
             elif node.args:
                 values.append(node.args[0])
         try:
@@ -91,12 +94,14 @@ class _Recorder(Interpreter):
 
 
 def _plain(value: Any) -> Any:
-    """The same with ordinary lists and dicts."""
-    if isinstance(value, list):
+    """The same with ordinary lists and dicts; a named tuple or a dict with attributes keeps the type of its own."""
+    if isinstance(value, immutable_list) or type(value) is list:
         return [_plain(item) for item in value]
-    if type(value) is tuple:  # a torch.Size or a named tuple is a tuple with a type of its own
+    if type(value) is tuple:
         return tuple(_plain(item) for item in value)
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, immutable_dict) or type(value) is dict:
+        return {key: _plain(item) for key, item in value.items()}
+    return value
 
 
 def _holds_tensors(value: Any) -> bool:

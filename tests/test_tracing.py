@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 
 import fxq
 from fxq.errors import FxqError, StageError, TraceError
+from fxq.graph_module import QuantModule
 from fxq.tracing import blocking_statement, trace
 
 X = torch.randn(2, 3, 8, 8)
@@ -106,12 +109,39 @@ def test_star_args():
 )
 def test_optional_inputs(args, kwargs):
     model = Options().eval()
-    if "flag" in kwargs:
-        with pytest.raises(TraceError, match="control flow"):
-            trace(model, (X, *args), kwargs)
-        return
     module, _ = trace(model, (X, *args), kwargs)
     same(module(X, *args, **kwargs), model(X, *args, **kwargs))
+
+
+def test_a_switch_is_fixed_at_the_value_it_was_given():
+    module, _ = trace(Options().eval(), (X,), {"flag": False})
+    with pytest.raises(AssertionError, match="flag was False when the model was traced"):
+        module(X)
+
+
+def test_a_decorated_forward_with_more_keywords():
+    def decorated(forward):
+        @functools.wraps(forward)
+        def wrapper(self, *args, **kwargs):
+            return forward(self, *args, **kwargs) + 1
+
+        return wrapper
+
+    class Model(nn.Module):
+        @decorated
+        def forward(self, ids=None, mask=None, flag=True, **more):
+            y = ids if mask is None else ids * mask
+            return y + more["bias"] if flag and "bias" in more else y
+
+    model = Model().eval()
+    for kwargs in ({"ids": X}, {"ids": X, "mask": 2 * X}, {"ids": X, "bias": X}):
+        module, _ = trace(model, (), kwargs)
+        same(module(**kwargs), model(**kwargs))
+        same(module(**kwargs, flag=True), model(**kwargs))
+    module, _ = trace(model, (X,), {})
+    same(module(X), model(X))
+    with pytest.raises(AssertionError, match="mask was None"):
+        module(X, X)
 
 
 def test_an_input_fixed_at_none_refuses_another_value():
@@ -269,3 +299,93 @@ def test_a_branch_that_does_more_than_raise_is_not_traced():
 
     with pytest.raises(TraceError, match="control flow"):
         trace(Lambda(forward), (torch.randn(2),), {})
+
+
+@dataclasses.dataclass
+class Output(dict):
+    """A dict whose items are attributes too, as of some libraries' outputs."""
+
+    scores: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+
+    def __post_init__(self):
+        self.update({name: value for name, value in vars(self).items() if value is not None})
+
+
+class Answers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x):
+        return Output(scores=self.conv(x))
+
+
+def test_an_output_with_attributes_keeps_its_type():
+    model = Answers().eval()
+    qmodel = fxq.quantize(model, [X])
+    out = qmodel(X)
+    assert type(out) is Output and list(out) == ["scores"] and out.hidden is None
+    assert (out.scores - model(X).scores).abs().max() < 0.1
+
+
+class Cache:
+    """What a model appends to while it runs."""
+
+    def __init__(self):
+        self.seen = []
+
+    def update(self, x):
+        self.seen.append(x)
+        return torch.cat(self.seen, 1)
+
+
+class Appends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x, cache):
+        return self.conv(cache.update(x))  # fails when the cache is not empty
+
+
+class MakesCache(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.appends = Appends()
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return self.appends(x, Cache())
+
+
+def test_inputs_that_a_module_changes_are_as_they_were_each_time():
+    model = MakesCache().eval()
+    qmodel = fxq.quantize(model, [X, X])
+    assert (qmodel(X) - model(X)).abs().max() < 0.1
+    assert isinstance(qmodel.appends, QuantModule)
+
+
+class MaybeNone(nn.Module):
+    """Cannot be traced, and its second result may be None."""
+
+    def forward(self, x):
+        return x, x if x.sum() > 1e9 else None
+
+
+class Chooses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.other, self.maybe = conv(), conv(), MaybeNone()
+
+    def forward(self, x):
+        first, second = self.maybe(x)[:2]
+        return self.conv(first) if second is None else self.other(second)
+
+
+def test_what_is_traced_wrong_is_quantized_inside():
+    model = nn.Sequential(Chooses()).eval()
+    qmodel = fxq.quantize(model, [X])
+    assert (qmodel(X) - model(X)).abs().max() < 0.1
+    assert "what was traced fails where the model does not" in str(fxq.summary(qmodel))
