@@ -121,7 +121,7 @@ def window_attention(
         scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * scale
     scores = scores + relative_position_bias
     if any(shift):
-        scores = scores + _shift_mask(padded, window_size, shift, qkv)[:, None]
+        scores = scores + shift_mask(padded, window_size, shift, qkv)[:, None]
     context = (torch.softmax(scores, dim=-1) @ v).transpose(2, 3).flatten(3)
     context = _from_windows(context, padded, window_size)
     return (torch.roll(context, shift, dims) if any(shift) else context)[inside].contiguous()
@@ -145,7 +145,7 @@ def _from_windows(x: Tensor, sizes: Sequence[int], window_size: Sequence[int]) -
     return x.permute(0, *order, 2 * n + 1).reshape(x.shape[0], *sizes, x.shape[-1])
 
 
-def _shift_mask(sizes: Sequence[int], window_size: Sequence[int], shift: Sequence[int], like: Tensor) -> Tensor:
+def shift_mask(sizes: Sequence[int], window_size: Sequence[int], shift: Sequence[int], like: Tensor) -> Tensor:
     """-100 between positions that only the cyclic shift brought together: ``[windows, positions, positions]``."""
     label = like.new_zeros(1, *sizes, 1)
     for axis, (size, window, s) in enumerate(zip(sizes, window_size, shift, strict=True), start=1):

@@ -21,14 +21,12 @@ def write_multihead_attention(w: OnnxWriter) -> list[str]:
     bound = inspect.signature(multihead_attention).bind(*w.node.args, **w.node.kwargs)
     bound.apply_defaults()
     a = bound.arguments
-    if a["key_padding_mask"] is not None:
-        raise w.refusal("it has a key_padding_mask")
     heads = a["num_heads"]
     shape = w.shape(a["query"])
     if len(shape) != 3:
-        raise w.refusal("its input has no batch")
+        raise w.refusal("its input has no batch; give it one, x[None]")
     q, k, v = (_heads(w, a[name], heads, a["batch_first"]) for name in ("query", "key", "value"))
-    mask = _additive(w, a["attn_mask"])
+    mask = _masks(w, a["attn_mask"], a["key_padding_mask"], heads)
     context, weights = _attend(w, q, k, v, mask, int(shape[2]) // heads)  # type: ignore[arg-type]
     order = [0, 2, 1, 3] if a["batch_first"] else [2, 0, 1, 3]
     context = w.reshape(w.add("Transpose", context, perm=order), shape)
@@ -54,7 +52,8 @@ def write_scaled_dot_product_attention(w: OnnxWriter) -> str:
     if a.get("dropout_p") or a.get("enable_gqa"):
         raise w.refusal("it uses dropout or grouped queries")
     *_, length, width = w.shape(a["query"])
-    mask = _additive(w, a.get("attn_mask"))
+    given = a.get("attn_mask")
+    mask = None if given is None else _additive(w, given, hides=False)
     if a.get("is_causal"):
         shape = (length, w.shape(a["key"])[-2])
         if any(isinstance(size, Batch) for size in shape):
@@ -77,10 +76,34 @@ def _attend(
     return str(w.add("MatMul", weights, v)), str(weights)
 
 
-def _additive(w: OnnxWriter, mask: Any) -> str | None:
-    """A mask that is added to the scores; a boolean one becomes 0 and minus infinity."""
-    if mask is None:
-        return None
+def _masks(w: OnnxWriter, attention: Node | None, padding: Node | None, heads: int) -> str | None:
+    """Both masks of ``nn.MultiheadAttention`` as one that is added to scores ``[N, heads, L, S]``."""
+    found = []
+    if attention is not None:
+        shape = w.shape(attention)
+        mask = _additive(w, attention, hides=True)
+        found.append(mask if len(shape) == 2 else w.reshape(mask, [_divided(w, shape[0], heads), heads, *shape[1:]]))
+    if padding is not None:
+        batch, length = w.shape(padding)
+        found.append(w.reshape(_additive(w, padding, hides=True), [batch, 1, 1, length]))
+    return str(w.add("Add", *found)) if len(found) == 2 else found[0] if found else None
+
+
+def _divided(w: OnnxWriter, size: Size, heads: int) -> Size:
+    if not isinstance(size, Batch):
+        return size // heads
+    if size.multiple % heads:
+        raise w.refusal("its mask has no plane for each head")
+    return Batch(size.multiple // heads)
+
+
+def _additive(w: OnnxWriter, mask: Node, hides: bool) -> str:
+    """A mask that is added to the scores; of a boolean one, what it hides becomes minus infinity and the rest 0.
+
+    Args:
+        hides: whether it is true where nothing may be looked at, as of ``nn.MultiheadAttention``, or where it may.
+    """
     if w.shaped(mask).dtype != torch.bool:
         return w.name(mask)
-    raise w.refusal("its mask is boolean; pass a float mask")
+    hidden, seen = (w.graph.constant(value, torch.float32) for value in (-math.inf, 0.0))
+    return str(w.add("Where", w.name(mask), *((hidden, seen) if hides else (seen, hidden))))

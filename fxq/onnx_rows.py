@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from fxq import ops
-from fxq.attention import multihead_attention
+from fxq.attention import multihead_attention, window_attention
 from fxq.batch_sizes import Batch
 from fxq.onnx_attention import write_multihead_attention, write_scaled_dot_product_attention
 from fxq.onnx_qdq import bias_values, weight_values, write_dequantize, write_quantize
+from fxq.onnx_windows import write_window_attention
 from fxq.onnx_writer import OnnxWriter, pairs
 from fxq.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE, is_dequantize
 
@@ -434,6 +435,7 @@ FUNCTIONS: dict[Callable[..., Any], Row] = {
     DEQUANTIZE: write_dequantize,
     DEQUANTIZE_CHANNEL: write_dequantize,
     multihead_attention: write_multihead_attention,
+    window_attention: write_window_attention,
     F.scaled_dot_product_attention: write_scaled_dot_product_attention,
 }
 METHODS: dict[str, Row] = {"expand": _expand}

@@ -24,6 +24,7 @@ import torch
 from torch import fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 
+from fxq.config import qualified_name
 from fxq.copying import borrowed, copy_container, copy_structure, copy_tensor, only_read, only_reads
 from fxq.errors import StageError, TraceError
 from fxq.graph_module import QuantModule, get_attribute, set_tensor
@@ -89,6 +90,10 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
 
 _SWITCHES = (bool, str, type(None))  # what branches are taken by
 
+# Functions that torchvision keeps torch.fx out of and that consist of operations fxq knows; by their names, so that
+# torchvision need not be installed.
+_TRACED_INTO = frozenset({"torchvision.models.swin_transformer._patch_merging_pad"})
+
 # torch.fx patches nn.Module itself while it traces, so only one trace can be under way.
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -107,6 +112,11 @@ class Tracer(fx.Tracer):
         self.inputs, self.keywords = inputs, keywords or {}
         self.untraceable: dict[str, str] = {}
         self._thread = threading.get_ident()
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        if kind == "call_function" and qualified_name(target) in _TRACED_INTO:
+            return target(*args, **kwargs)
+        return super().create_proxy(kind, target, args, kwargs, *rest, **options)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -240,6 +250,8 @@ def trace(
                 f"stays float",
                 statement,
             ) from error
+        for node in graph.nodes:  # else generated code enters its functions in a table that torch.fx keeps for good
+            node.meta.pop("is_wrapped", None)
         module = QuantModule(model, graph, type(model).__name__)
         _independent_copy(module, graph, share, borrow)
     leaves = {str(node.target) for node in graph.nodes if node.op == "call_module"}

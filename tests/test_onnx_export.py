@@ -18,6 +18,7 @@ from fxq.errors import FxqError, InputError, MissingDependencyError, StageError
 from fxq.onnx_rows import ROWS
 from fxq.ops import VOCABULARY
 from fxq.qdq import is_quantize
+from fxq.torchvision_ops import import_torchvision
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -243,6 +244,73 @@ def test_runtimes_fuse_it_into_int8_kernels(tmp_path: Path) -> None:
     kernels = op_types(tmp_path / "optimized.onnx")
     assert kernels["QLinearConv"] == 3 and kernels["QGemm"] == 1 and kernels["QLinearAdd"] == 1
     assert not {"Conv", "FusedConv", "Gemm", "Add"} & set(kernels)
+
+
+def hidden(*shape: int) -> torch.Tensor:
+    """A random boolean mask with a true and a false value in each row."""
+    mask = torch.rand(*shape, generator=torch.Generator().manual_seed(5)) < 0.5
+    mask[..., 0], mask[..., 1] = False, True
+    return mask
+
+
+def mha(m: nn.Module, x: torch.Tensor, **masks: torch.Tensor) -> torch.Tensor:
+    return m.mha(m.fc(x), m.fc(x), m.fc(x), **masks)[0]
+
+
+def sdpa(m: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(m.fc(x), m.fc(x), m.fc(x), attn_mask=mask)
+
+
+MASKED: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "2d": (lambda m, x, mask: mha(m, x, attn_mask=mask), (6, 6)),
+    "3d": (lambda m, x, mask: mha(m, x, attn_mask=mask), (6, 6, 6)),
+    "padding": (lambda m, x, mask: mha(m, x, key_padding_mask=mask), (3, 6)),
+    "both": (lambda m, x, mask: mha(m, x, attn_mask=mask[0, :, :6], key_padding_mask=mask[:, 0, :6]), (3, 6, 7)),
+    "where to look": (sdpa, (3, 6, 6)),
+}
+
+
+class Masked(nn.Module):
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case, self.fc, self.mha = case, nn.Linear(4, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return MASKED[self.case][0](self, x, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("case", MASKED)
+def test_masks_of_attention(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    x, mask = torch.randn(3, 6, 4), hidden(*MASKED[case][1])
+    mask = mask if dtype == torch.bool else torch.randn(mask.shape)
+    reference = reference_of(Masked(case).eval(), x, mask)
+    fxq.to_onnx(reference, tmp_path / "net.onnx", dynamic_batch=MASKED[case][1][0] == len(x))
+    onnx.checker.check_model(str(tmp_path / "net.onnx"), full_check=True)
+    (found,) = answers(tmp_path / "net.onnx", x, mask)
+    torch.testing.assert_close(found, reference(x, mask), rtol=0, atol=1.01 * largest_scale(reference))
+
+
+@pytest.mark.parametrize(("version", "sizes"), [(1, (18, 26)), (2, (16, 24))])
+def test_shifted_windows(version: int, sizes: tuple[int, int], tmp_path: Path) -> None:
+    """Windows that are filled up with odd numbers of patches to merge, and windows that fit."""
+    models = import_torchvision().models
+    blocks = models.swin_transformer
+    v2 = {"block": blocks.SwinTransformerBlockV2, "downsample_layer": blocks.PatchMergingV2} if version == 2 else {}
+    torch.manual_seed(3)
+    model = models.SwinTransformer([2, 2], 8, [2, 1], [2, 2], [4, 4], num_classes=5, **v2).eval()
+    generator = torch.Generator().manual_seed(4)
+    x, more = (torch.randn(n, 3, *sizes, generator=generator) for n in (2, 3))
+    reference = reference_of(model, x)
+    fxq.to_onnx(reference, tmp_path / "net.onnx")
+    onnx.checker.check_model(str(tmp_path / "net.onnx"), full_check=True)
+    with torch.no_grad():
+        expected = reference(more)
+    for optimized in (False, True):
+        (found,) = answers(tmp_path / "net.onnx", more, optimized=optimized)
+        # roundings add up over three blocks; a wrong window is as far as another image
+        torch.testing.assert_close(found, expected, rtol=0, atol=float(expected.std(0).mean()) / 4)
 
 
 def test_output_names(tmp_path: Path) -> None:

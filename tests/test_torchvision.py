@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,7 +161,7 @@ def transformers() -> dict[str, tuple[nn.Module, tuple[int, ...], list[tuple[int
     swin = {"patch_size": [2, 2], "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 2], "window_size": [4, 4]}
     blocks = models.swin_transformer
     v2 = {"block": blocks.SwinTransformerBlockV2, "downsample_layer": blocks.PatchMergingV2}
-    sizes = [(1, 3, 32, 32), (3, 3, 48, 40)]
+    sizes = [(1, 3, 32, 32), (3, 3, 48, 40), (1, 3, 34, 38)]  # the last with odd numbers of patches to merge
     return {
         "vit": (models.VisionTransformer(32, 8, 2, 2, 16, 32), (2, 3, 32, 32), [(1, 3, 32, 32), (5, 3, 32, 32)]),
         "swin": (models.SwinTransformer(**swin), (2, 3, 32, 32), sizes),
@@ -169,7 +170,7 @@ def transformers() -> dict[str, tuple[nn.Module, tuple[int, ...], list[tuple[int
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "swin v2"])
-def test_other_sizes_of_transformers(name: str) -> None:
+def test_other_sizes_of_transformers(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, shape, others = transformers()[name]
     for parameter in model.parameters():
@@ -181,3 +182,5 @@ def test_other_sizes_of_transformers(name: str) -> None:
         x = torch.randn(other)
         with torch.no_grad():
             assert sqnr(model(x), quantized(x)) > 15, other
+    fxq.save(quantized, tmp_path / "net.fxq")
+    torch.testing.assert_close(fxq.load(tmp_path / "net.fxq")(x), quantized(x), rtol=0, atol=0)
