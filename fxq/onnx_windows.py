@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fxq.attention import shift_mask, window_attention
-from fxq.batch_sizes import Batch, Size
+from fxq.batch_sizes import Size
 from fxq.onnx_writer import OnnxWriter
 
 
@@ -19,23 +19,23 @@ def write_window_attention(w: OnnxWriter) -> str:
     bound = inspect.signature(window_attention).bind(*w.node.args, **w.node.kwargs)
     bound.apply_defaults()
     a = bound.arguments
-    batch, *sizes, width = w.shape(a["qkv"])
-    if any(isinstance(size, Batch) for size in (*sizes, width)):
-        raise w.refusal("its sizes follow the batch")
+    batch = w.shape(a["qkv"])[0]
+    *sizes, width = (w.fixed(a["qkv"], axis) for axis in range(1, len(w.shape(a["qkv"]))))
+    heads, width = a["num_heads"], width // 3
     window: Sequence[int] = a["window_size"]
     padded = [math.ceil(size / part) * part for size, part in zip(sizes, window, strict=True)]
     shift = [0 if part >= size else s for s, part, size in zip(a["shift_size"], window, padded, strict=True)]
     counts = [size // part for size, part in zip(padded, window, strict=True)]
     x = _filled_up(w, w.name(a["qkv"]), sizes, padded, a["pad_values"])
     x = _rolled(w, x, shift, padded)
-    q, k, v = _windows(w, x, batch, counts, window, a["num_heads"], int(width) // 3)
-    scores = _scores(w, q, k, int(width) // 3 // a["num_heads"], a["logit_scale"])
+    q, k, v = _windows(w, x, batch, counts, window, heads, width)
+    scores = _scores(w, q, k, width // heads, a["logit_scale"])
     scores = w.add("Add", scores, w.name(a["relative_position_bias"]))
     if any(shift):
         mask = shift_mask(padded, window, shift, torch.empty(0))[:, None]
         scores = w.add("Add", scores, w.graph.tensor(mask, "shift_mask"))
     context = w.add("MatMul", w.add("Softmax", scores, axis=-1), v)
-    x = _from_windows(w, context, batch, counts, window, int(width) // 3)
+    x = _from_windows(w, context, batch, counts, window, width)
     x = _rolled(w, x, [(size - s) % size for s, size in zip(shift, padded, strict=True)], padded)
     if padded == sizes:
         return x
@@ -51,8 +51,8 @@ def _filled_up(w: OnnxWriter, x: str, sizes: Sequence[int], padded: list[int], f
     x = str(w.add("Pad", x, w.ints([0] * (len(sizes) + 2) + [0, *missing, 0]), w.graph.constant(0.0, torch.float32)))
     if fill is None:
         return x
-    inside = torch.zeros(1, *padded, 1, dtype=torch.bool)
-    inside[(0, *(slice(size) for size in sizes))] = True
+    there = (torch.arange(size) < had for size, had in zip(padded, sizes, strict=True))
+    inside = torch.stack(torch.meshgrid(*there, indexing="ij")).all(0)[None, ..., None]
     return str(w.add("Where", w.graph.tensor(inside, "inside"), x, w.name(fill)))
 
 
