@@ -10,7 +10,7 @@ what is traceable in it becomes regions of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +22,27 @@ from fxq.copying import borrowed, copy_inputs, copy_structure, give_back, only_r
 from fxq.errors import ConfigError, FxqError, InputError, StageError, TraceError
 from fxq.graph_module import REFERENCE, QuantModule
 from fxq.macs import counting
+from fxq.outside_reads import watching_reads
 from fxq.plan import EXCLUDED, Stage
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a run on the example inputs tells of the submodules, by path.
+
+    Attributes:
+        seen: inputs of the first call of each submodule with weights.
+        macs: multiply-accumulates of convs and linears.
+        read: submodules of which code outside them reads parts.
+    """
+
+    seen: Mapping[str, Inputs] = field(default_factory=dict)
+    macs: Mapping[str, int] = field(default_factory=dict)
+    read: Set[str] = field(default_factory=set)
+
+
 PrepareRegion = Callable[[nn.Module, Inputs, str], QuantModule]
 
 _ATTRIBUTE = "_fxq_partition"
@@ -216,17 +234,17 @@ def prepare_partition(
         TraceError: ``reason``, if no submodule with weights can be traced either.
         InputError: if the model fails on the example inputs.
     """
-    seen, macs = _first_inputs(copy_structure(model, {}).eval(), inputs)  # a copy, because it runs the user's code
+    found = _record(copy_structure(model, {}).eval(), inputs)  # a copy, because it runs the user's code
     clone = copy_structure(model, _lent(model) if borrow else {}).eval()
     left: dict[str, str] = {}
-    _Search(clone, seen, left, prepare_region).inside(clone, "")
+    _Search(clone, found, left, prepare_region).inside(clone, "")
     regions = [path for path, module in clone.named_modules() if isinstance(module, QuantModule)]
     if not regions:
         raise reason
     inside = tuple(f"{path}." for path in regions)
     if borrow:  # what the user's code may write to must be the copy's own before it runs
         give_back((part for path, part in clone.named_modules() if not f"{path}.".startswith(inside)), model)
-    left_macs = sum(count for path, count in macs.items() if not f"{path}.".startswith(inside))
+    left_macs = sum(count for path, count in found.macs.items() if not f"{path}.".startswith(inside))
     set_partition(clone, Partition(reason.statement, left, left_macs))
     return clone
 
@@ -240,22 +258,22 @@ def _lent(model: nn.Module) -> dict[int, Any]:
     return borrowed(only_read(known, others))
 
 
-def _first_inputs(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Inputs], dict[str, int]]:
-    """The inputs of each submodule's first call when the model runs on its example inputs, and each layer's work."""
+def _record(model: nn.Module, inputs: Inputs) -> Recording:
+    """What the submodules do when the model runs on its example inputs."""
     try:
         args, kwargs = copy_inputs(inputs)
-        with torch.no_grad(), recording(model) as (seen, macs):
+        with torch.no_grad(), recording(model) as found:
             model(*args, **kwargs)
     except FxqError:
         raise
     except Exception as error:
         raise InputError(f"the model fails on the example inputs: {type(error).__name__}: {error}") from error
-    return seen, macs
+    return found
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[tuple[dict[str, Inputs], dict[str, int]]]:
-    """While open, collects the inputs of the first call of each submodule with weights, and multiply-accumulates."""
+def recording(model: nn.Module) -> Iterator[Recording]:
+    """While open, records what the submodules do."""
     seen: dict[str, Inputs] = {}
     handles = []
     for path, module in model.named_modules():
@@ -268,8 +286,8 @@ def recording(model: nn.Module) -> Iterator[tuple[dict[str, Inputs], dict[str, i
 
         handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
     try:
-        with counting(model) as macs:
-            yield seen, macs
+        with counting(model) as macs, watching_reads(model) as read:
+            yield Recording(seen, macs, read)
     finally:
         for handle in handles:
             handle.remove()
@@ -287,24 +305,24 @@ def leaves_to_search(module: QuantModule) -> dict[str, nn.Module]:
 
 
 def prepare_leaves(
-    module: QuantModule, seen: Mapping[str, Inputs], macs: Mapping[str, int], prepare_region: PrepareRegion
+    module: QuantModule, found: Recording, prepare_region: PrepareRegion
 ) -> None:
     """Prepare the largest traceable submodules of the float modules that a prepared graph calls.
 
     Args:
         module: changed in place.
-        seen, macs: recorded while it ran on its example inputs; see :func:`recording`.
+        found: recorded while it ran on its example inputs.
         prepare_region: as for :func:`prepare_partition`; gets paths as seen from ``module``.
     """
     plan = module.plan
     left: dict[str, str] = {}
-    search = _Search(module, seen, left, prepare_region)
+    search = _Search(module, found, left, prepare_region)
     for path, leaf in leaves_to_search(module).items():
         nodes = [node.name for node in module.graph.nodes if node.op == "call_module" and node.target == path]
         if any(plan.decisions[name].reason == EXCLUDED for name in nodes) or not search.inside(leaf, path):
             continue
         done = tuple(f"{region}." for region, part in leaf.named_modules(prefix=path) if isinstance(part, QuantModule))
-        inside = {part: count for part, count in macs.items() if f"{part}.".startswith(f"{path}.")}
+        inside = {part: count for part, count in found.macs.items() if f"{part}.".startswith(f"{path}.")}
         remain = sum(count for part, count in inside.items() if not f"{part}.".startswith(done))
         for name in nodes:
             plan.macs[name] = plan.macs[name] * remain // max(sum(inside.values()), 1)
@@ -316,14 +334,14 @@ class _Search:
 
     Args:
         root: the copy of the model that is changed.
-        seen: inputs of the submodules that run, by path.
+        found: of a run of the model.
         left: gets the reason for each submodule that stays.
     """
 
     def __init__(
-        self, root: nn.Module, seen: Mapping[str, Inputs], left: dict[str, str], prepare_region: PrepareRegion
+        self, root: nn.Module, found: Recording, left: dict[str, str], prepare_region: PrepareRegion
     ) -> None:
-        self.seen, self.left, self.prepare_region = seen, left, prepare_region
+        self.seen, self.read, self.left, self.prepare_region = found.seen, found.read, left, prepare_region
         self.first_path = {id(module): path for path, module in root.named_modules()}
         self.done: dict[int, tuple[nn.Module, QuantModule | None]] = {}  # with the module, which keeps its id taken
 
@@ -347,7 +365,9 @@ class _Search:
         if inputs is None and not self._runs_in_part(child):
             self.left[path] = "the example inputs do not reach it"
             return False
-        if inputs is not None:
+        if self.first_path[id(child)] in self.read:
+            self.left[path] = "code outside it reads its tensors or submodules"
+        elif inputs is not None:
             try:
                 region = self.prepare_region(child, inputs, path)
             except TraceError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
@@ -12,7 +10,7 @@ from fxq.copying import copy_inputs, copy_structure
 from fxq.errors import InputError, TraceError
 from fxq.graph_module import BACKEND, QuantModule
 from fxq.op_table import Backend
-from fxq.partition import Inputs, join, leaves_to_search, prepare_leaves, prepare_partition, recording
+from fxq.partition import Inputs, Recording, join, leaves_to_search, prepare_leaves, prepare_partition, recording
 from fxq.pass_base import Pass, Pipeline
 from fxq.passes.absorb_bias import AbsorbBias
 from fxq.passes.annotate import Annotate
@@ -113,7 +111,7 @@ def prepare_model(
     def region(module: nn.Module, its_inputs: Inputs, path: str) -> QuantModule:
         around = tuple(qualified_name(type(model.get_submodule(outer))) for outer in _ancestors(path))
         try:
-            prepared, seen, macs = _prepare_region(
+            prepared, found = _prepare_region(
                 module, its_inputs, path, around, table, config, known, training, preset, borrow
             )
         except InputError as error:
@@ -122,7 +120,7 @@ def prepare_model(
             statement = f"what was traced fails where the model does not: {error}"
             message = f"{type(module).__name__} cannot be traced with torch.fx: {statement}"
             raise TraceError(message, statement) from error
-        prepare_leaves(prepared, seen, macs, lambda part, given, inner: region(part, given, join(path, inner)))
+        prepare_leaves(prepared, found, lambda part, given, inner: region(part, given, join(path, inner)))
         return prepared
 
     try:
@@ -164,7 +162,7 @@ def _prepare_region(
     training: bool,
     preset: Preset,
     borrow: bool,
-) -> tuple[QuantModule, Mapping[str, Inputs], Mapping[str, int]]:
+) -> tuple[QuantModule, Recording]:
     """A prepared region, with what its float modules got and did on the example inputs."""
     share = bool(path) and not borrow  # parts are of a copy
     module, untraceable = trace(model, *inputs, follow_mode=training, share=share, borrow=borrow)
@@ -184,17 +182,16 @@ def _prepare_region(
         passes = Pipeline(prepare_training_passes(table, config, inputs, model))
     else:
         passes = Pipeline(prepare_passes(table, config, inputs, preset))
-    seen: Mapping[str, Inputs] = {}
-    macs: Mapping[str, int] = {}
+    found = Recording()
     if leaves_to_search(module):
-        with recording(module) as (seen, macs):
+        with recording(module) as found:
             passes(module)
     else:
         passes(module)
     if training:
         plan.properties.add(TRAINABLE)
     plan.stage = Stage.PREPARED
-    return module, seen, macs
+    return module, found
 
 
 def _inside(path: str, around: tuple[str, ...], origin: Origin) -> Origin:

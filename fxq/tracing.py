@@ -6,6 +6,7 @@ their place, so exactly the innermost module that cannot be traced is left out.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dataclasses
 import dis
@@ -108,7 +109,9 @@ class Tracer(fx.Tracer):
     """
 
     def __init__(self, inputs: tuple[Any, ...] = (), keywords: Mapping[str, Any] | None = None) -> None:
-        super().__init__(autowrap_functions=())
+        # Sizes are compared with max and min, which torch.fx records no more than it does other builtins by itself.
+        super().__init__(autowrap_functions=(max, min))
+        self._autowrap_search.append(builtins)
         self.inputs, self.keywords = inputs, keywords or {}
         self.untraceable: dict[str, str] = {}
         self._thread = threading.get_ident()
@@ -127,6 +130,7 @@ class Tracer(fx.Tracer):
         """One placeholder a parameter of forward, also behind decorators and with ``**kwargs``, which torch.fx takes
         no defaults beside.
         """
+        self.graph._graph_namespace.create_name("self", None)  # which a module of that name would shadow
         parameters = list(inspect.signature(root_fn).parameters.values())[1:]
         if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
             return super().create_args_for_root(root_fn, is_module, concrete_args)

@@ -554,6 +554,45 @@ def test_a_leaf_inside_a_region_of_a_partition():
     assert "inner.gate.rare" in fxq.summary(lowered)
 
 
+class ReadsInside(nn.Module):
+    """Reads a weight of a submodule's submodule, and cannot be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3))
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+
+    def forward(self, x):
+        x = x.to(self.embed.get_submodule("0").weight.dtype) if x.sum() > -1e9 else x
+        return self.body(self.embed(x))
+
+
+def test_what_code_outside_reads_is_no_region():
+    torch.manual_seed(0)
+    model = ReadsInside().eval()
+    x = torch.randn(2, 3, 12, 12)
+    quantized = quiet(fxq.quantize, model, [x])
+    assert set(regions_of(quantized)) == {"embed.1", "body"}
+    assert "code outside it reads its tensors or submodules" in fxq.summary(quantized)
+    with torch.no_grad():
+        assert sqnr(model(x), quantized(x)) > 25
+
+
+def test_a_part_called_self_does_not_shadow_the_module():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.self, self.output = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.output(self.self(x).relu())
+
+    model, x = Attention().eval(), torch.randn(2, 8)
+    quantized = quiet(fxq.quantize, model, [x])
+    with torch.no_grad():
+        assert sqnr(model(x), quantized(x)) > 25
+
+
 def test_layers_whose_weights_are_read_keep_their_parts():
     model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
     x = torch.randn(2, 5, 8)

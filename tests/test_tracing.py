@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -389,3 +390,39 @@ def test_what_is_traced_wrong_is_quantized_inside():
     qmodel = fxq.quantize(model, [X])
     assert (qmodel(X) - model(X)).abs().max() < 0.1
     assert "what was traced fails where the model does not" in str(fxq.summary(qmodel))
+
+
+class SameConv(nn.Conv2d):
+    """Pads as much as the input's size needs for an output of size / stride."""
+
+    def forward(self, x):
+        height, width = x.size()[-2:]
+        tall, wide = (max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0) for size in (height, width))
+        x = nn.functional.pad(x, [wide // 2, wide - wide // 2, tall // 2, tall - tall // 2])
+        return nn.functional.conv2d(x, self.weight, self.bias, 2)
+
+
+class Sized(nn.Module):
+    """Its layers are of a class of its own, into which tracing goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = SameConv(3, 8, 3), SameConv(8, 8, 3)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def test_padding_computed_from_the_size_is_traced():
+    model = Sized().eval()
+    qmodel = fxq.quantize(model, [X])
+    assert all(record["type"] == "int8" for record in fxq.graph_records(qmodel) if record["macs"])
+    prepared = fxq.prepare(model, X)
+    for size in (8, 9, 13):
+        x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(size))
+        torch.testing.assert_close(prepared(x), model(x))
+        assert qmodel(x).shape == model(x).shape
+    assert max is original_max
+
+
+original_max = max
