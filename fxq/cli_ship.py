@@ -15,7 +15,7 @@ from fxq.errors import FxqError
 from fxq.exported import to_exported_program
 from fxq.graph_module import QuantModule
 from fxq.onnx_export import to_onnx
-from fxq.serialization import load, load_reference
+from fxq.serialization import load_regions
 from fxq.timing import float_graph, measure
 from fxq.torchscript import to_torchscript
 
@@ -30,13 +30,16 @@ examples:
   fxq convert resnet18.fxq --to onnx                       writes resnet18.onnx
   fxq convert resnet18.fxq --to onnx --clips               a float graph with the calibrated ranges as Clip nodes
   fxq convert resnet18.fxq --to torchscript --out net.pt
+
+Of a model that was quantized part by part, each part becomes a file: detector.backbone.onnx and so on.
 """
 BENCH_TEXT = "time a saved model beside the same graph in float"
 BENCH_EPILOG = """\
 example:
   fxq bench resnet18.fxq --batch 1 --threads 1
 
-Both run in this process and take turns. The float graph has BatchNorm folded, as the int8 one has.
+Both run in this process and take turns. The float graph has BatchNorm folded, as the int8 one has. Of a model that
+was quantized part by part, each part is timed, with inputs of the sizes it was prepared with.
 """
 _SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "exported": ".pt2"}
 
@@ -53,20 +56,36 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Run ``fxq convert``."""
+    """Run ``fxq convert``: one file, or one for each part of a model that was quantized part by part."""
     out = args.out or args.file.with_suffix(_SUFFIXES[args.to])
-    reference = load_reference(args.file)
+    refused = []
+    for place, reference in load_regions(args.file).items():
+        path = out.with_name(f"{out.stem}.{place}{out.suffix}") if place else out
+        try:
+            if place and not _takes_tensors(reference):
+                raise FxqError("it takes other inputs than tensors; convert a module around it or the parts inside")
+            _write(reference, path, args)
+        except FxqError as error:
+            if not place:
+                raise
+            refused.append(f"'{place}': {error}")
+        else:
+            print(f"saved {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    if refused:
+        raise FxqError(f"{args.file}: {len(refused)} of its parts cannot be converted; {'; '.join(refused)}")
+
+
+def _write(reference: QuantModule, path: Path, args: argparse.Namespace) -> None:
     if args.to == "onnx":
-        to_onnx(reference, out, dynamic_batch=not args.fixed_batch, qdq=not args.clips)
+        to_onnx(reference, path, dynamic_batch=not args.fixed_batch, qdq=not args.clips)
     elif args.to == "torchscript":
-        to_torchscript(lower(reference, args.backend) if args.backend else reference, path=out)
+        to_torchscript(lower(reference, args.backend) if args.backend else reference, path=path)
     else:
         program = to_exported_program(reference, dynamic_batch=not args.fixed_batch)
         try:
-            torch.export.save(program, out)
+            torch.export.save(program, path)
         except (OSError, RuntimeError) as error:
-            raise FxqError(f"{out}: cannot be written ({error})") from error
-    print(f"saved {out} ({out.stat().st_size / 1e6:.1f} MB)")
+            raise FxqError(f"{path}: cannot be written ({error})") from error
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser, positive: Any) -> None:
@@ -80,26 +99,38 @@ def add_bench_arguments(parser: argparse.ArgumentParser, positive: Any) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Run ``fxq bench``."""
-    reference = load_reference(args.file)
-    assert isinstance(reference, QuantModule)  # one in regions cannot be loaded without its code
-    lowered = load(args.file, args.backend)
-    assert isinstance(lowered, QuantModule)
+    """Run ``fxq bench``: the model, or each part of one that was quantized part by part."""
+    regions = load_regions(args.file)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
     try:
-        inputs = [_channels_last(x) for x in example_inputs(reference, args.batch)]
-        plain = float_graph(reference)
-        with torch.no_grad():
-            times = measure({"float": lambda: plain(*inputs), "int8": lambda: lowered(*inputs)}, args.seconds)
+        for place, reference in regions.items():
+            _bench(place, reference, args)
     finally:
-        threads = torch.get_num_threads()
         torch.set_num_threads(before)
+
+
+def _bench(place: str, reference: QuantModule, args: argparse.Namespace) -> None:
+    title = f"{place}: {reference.plan.model}" if place else reference.plan.model
+    if place and not _takes_tensors(reference):
+        print(f"{title}: not timed, as it takes other inputs than tensors\n")
+        return
+    backend = args.backend or reference.plan.backend
+    lowered = lower(reference, backend)
+    # a part's first dimension need not be the batch
+    inputs = [_channels_last(x) for x in example_inputs(reference, None if place else args.batch)]
+    plain = float_graph(reference)
+    with torch.no_grad():
+        times = measure({"float": lambda: plain(*inputs), "int8": lambda: lowered(*inputs)}, args.seconds)
     base = times["float"].minimum
     rows = [[name, t.minimum, t.median, t.calls, f"{base / t.minimum:.2f}x"] for name, t in times.items()]
     shapes = ", ".join(str(list(x.shape)) for x in inputs if isinstance(x, torch.Tensor))
-    print(f"{reference.plan.model}, backend {lowered.plan.backend}, input {shapes}, {threads} threads\n")
-    print(tabulate(rows, ["model", "min ms", "median ms", "calls", "speed"], floatfmt=".3f"))
+    print(f"{title}, backend {backend}, input {shapes}, {torch.get_num_threads()} threads\n")
+    print(tabulate(rows, ["model", "min ms", "median ms", "calls", "speed"], floatfmt=".3f") + "\n" * bool(place))
+
+
+def _takes_tensors(part: QuantModule) -> bool:
+    return all(node.name in part.plan.facts for node in part.graph.find_nodes(op="placeholder"))
 
 
 def _channels_last(x: Any) -> Any:

@@ -16,6 +16,8 @@ from fxq.onnx_rows import FUNCTIONS, METHODS, ROWS, Row
 from fxq.onnx_writer import OPS, OnnxWriter
 from fxq.partition import partition_of, reference_of
 
+_REMEDY = "fxq.save, fxq.to_torchscript and fxq.to_exported_program keep it"
+
 
 def to_onnx(model: nn.Module, path: str | Path, *, dynamic_batch: bool = True, qdq: bool = True) -> None:
     """Write a quantized model as ONNX (opset 18).
@@ -61,7 +63,9 @@ def onnx_model(reference: QuantModule, dynamic_batch: bool, qdq: bool) -> Any:
     for node in reference.graph.nodes:
         if node.op == "call_module":
             where = reference.plan.where(node.name)
-            raise FxqError(f"{where} cannot be written as ONNX: its module is not one of the operations fxq knows")
+            raise FxqError(
+                f"{where} cannot be written as ONNX: its module is not one of the operations fxq knows; {_REMEDY}"
+            )
     writer = OnnxWriter(reference, graph, sizes(reference, dynamic_batch), qdq)
     for node in reference.graph.nodes:
         writer.node = node
@@ -90,7 +94,7 @@ def _row(w: OnnxWriter) -> Row:
         return ROWS[op]
     row = METHODS.get(node.target) if isinstance(node.target, str) else FUNCTIONS.get(node.target)
     if row is None:
-        raise w.refusal("fxq.onnx_rows has no row for it")
+        raise w.refusal(f"fxq.onnx_rows has no row for it; {_REMEDY}")
     return row
 
 

@@ -8,12 +8,13 @@ when the file is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,20 +154,45 @@ def load_reference(path: str | Path, *, model: nn.Module | None = None) -> nn.Mo
         ConfigError: if it needs a model and ``model`` is not it.
     """
     content, tensors = _verified(path)
-    try:
+    with _named(path):
         return _decode(content, tensors, model)
+
+
+def load_regions(path: str | Path) -> dict[str, QuantModule]:
+    """The reference graphs of a file by module path, without the code around them; a whole model is at path ``""``.
+
+    Raises:
+        FileFormatError: as :func:`load_reference`.
+        ConfigError: if a graph calls modules that are not of torch.
+    """
+    content, tensors = _verified(path)
+    with _named(path):
+        return _decode_regions(content, tensors, None)
+
+
+@contextlib.contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Errors of decoding name the file."""
+    try:
+        yield
     except (FileFormatError, ConfigError) as error:
         raise type(error)(f"{path}: {error}") from error
     except Exception as error:
         raise FileFormatError(f"{path}: its graph is malformed ({type(error).__name__}: {error})") from error
 
 
-def _decode(content: dict[str, Any], tensors: Tensors, model: nn.Module | None) -> nn.Module:
+def _decode_regions(content: dict[str, Any], tensors: Tensors, model: nn.Module | None) -> dict[str, QuantModule]:
+    """The outermost regions, with those inside in their leaves."""
     regions: dict[str, QuantModule] = {}
     for place in sorted(content["regions"], key=len, reverse=True):  # the inner ones first
         prefix = f"{place}." if place else ""
         inside = {inner: regions.pop(inner) for inner in list(regions) if inner.startswith(prefix)}
         regions[place] = decode_region(place, content["regions"][place], tensors, model, inside)
+    return regions
+
+
+def _decode(content: dict[str, Any], tensors: Tensors, model: nn.Module | None) -> nn.Module:
+    regions = _decode_regions(content, tensors, model)
     if content["partition"] is None:
         (region,) = regions.values()
         return region

@@ -299,6 +299,51 @@ def test_convert_to_clips(project: Path) -> None:
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 7
 
 
+TWO_PARTS = """
+import torch
+from torch import nn
+
+class Parts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        self.head = Head()
+
+    def forward(self, x):
+        y = self.backbone(x)
+        return self.head([y, y + 1]) if float(x.sum()) != 0 else y
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 4, 1)
+
+    def forward(self, levels):
+        return [torch.relu(self.conv(level)) for level in (levels[0], levels[1])]
+"""
+
+
+def test_part_by_part(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each part is a file that gives its part's numbers, and is timed; one with a list for an input is named."""
+    Path("two_parts_of_cli_tests.py").write_text(TWO_PARTS)
+    options = ["--calibrate", "photos", "--out", "parts.fxq", "--size", "32", "--quiet"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(["quantize", "two_parts_of_cli_tests:Parts", *options]) == 0
+        capsys.readouterr()
+        assert main(["convert", "parts.fxq", "--to", "torchscript"]) == 1
+        out, err = capsys.readouterr()
+        assert "saved parts.backbone.pt (" in out and "1 of its parts" in err and "'head'" in err
+        model = fxq.load("parts.fxq", model=load_model("two_parts_of_cli_tests:Parts"))
+        x = torch.rand(3, 3, 32, 32)
+        assert torch.equal(torch.jit.load("parts.backbone.pt")(x), model.backbone(x))
+    assert main(["bench", "parts.fxq", "--threads", "1", "--seconds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "backbone: Sequential, backend x86, input [7, 3, 32, 32], 1 threads" in out
+    assert "head: Head: not timed" in out
+
+
 def test_bench(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert quantize("--quiet") == 0
     capsys.readouterr()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import nn
 
 import fxq
 from fxq.errors import FxqError, InputError, StageError
+from fxq.qdq import is_quantize
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 MORE = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -77,6 +80,21 @@ def test_plain_arithmetic_runs_without_fxq(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_ahead_of_time(tmp_path: Path) -> None:
+    if "FXQ_AOT" not in os.environ:
+        pytest.skip("compiling takes its time: FXQ_AOT=1 runs it")
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("there is no C++ compiler")
+    reference = reference_of("residual")
+    path = str(tmp_path / "net.pt2")
+    torch._inductor.aoti_compile_and_package(fxq.to_exported_program(reference), package_path=path)
+    compiled = torch._inductor.aoti_load_package(path)
+    step = next(node.args[1] for node in reversed(reference.graph.nodes) if is_quantize(node))
+    with torch.no_grad():
+        for x in (X, MORE):
+            same(compiled(x), reference(x), 1.01 * step)
 
 
 def test_shapes_of_ones_own() -> None:

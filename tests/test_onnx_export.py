@@ -395,6 +395,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "function": (lambda m, x: torch.cumsum(m.a(x), 1), r"node 'cumsum' \(cumsum\).*no row"),
     "method": (lambda m, x: m.a(x).sort(1), r"node 'sort' \(sort\).*no row"),
     "module": (lambda m, x: m.b(m.unknown(m.a(x))), r"node 'unknown' \(module 'unknown'\).*not one of the operations"),
+    "lstm": (lambda m, x: m.lstm(m.a(x).flatten(2))[0], r"node 'lstm' \(module 'lstm'\).*fxq\.to_torchscript"),
     "unbatched": (lambda m, x: F.max_pool2d(m.a(x)[0], 2), r"node 'max_pool2d'.*no batch"),
     "batch taken apart": (lambda m, x: m.a(x).chunk(2, 0)[0], r"takes the batch apart|no multiple of the batch"),
     "divisor": (lambda m, x: F.avg_pool2d(m.a(x), 2, divisor_override=3), r"avg_pool2d.*divisor"),
@@ -406,7 +407,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str, tmp_path: Path) -> None:
     forward, message = REFUSED[case]
-    model = Lambda(forward, **parts(), unknown=Unknown())
+    model = Lambda(forward, **parts(), unknown=Unknown(), lstm=nn.LSTM(64, 3, batch_first=True))
     with pytest.raises(FxqError, match=message):
         fxq.to_onnx(reference_of(model, X), tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
