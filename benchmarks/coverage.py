@@ -32,11 +32,9 @@ import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,43 +117,32 @@ def _status(qmodel: nn.Module) -> str:
 
 
 def _memory(model: nn.Module, batch: tuple[Any, ...]) -> dict[str, float]:
-    """Peak of quantize in one call, the float model included, less one float forward pass, over the float model."""
-    fxq.quantize(nn.Sequential(nn.Conv2d(3, 3, 3)).eval(), [torch.rand(1, 3, 8, 8)], progress=False)
-    size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    forward = _peak(lambda: call(model, batch))
-    whole = _peak(lambda: fxq.quantize(model, [batch], example_inputs=batch, forward_fn=call, progress=False))
+    size, forward, whole = peak_memory(model, batch)
     return {"memory": round((size + whole - forward) / size, 2), "mib": round(size / 2**20, 1)}
 
 
+def peak_memory(model: nn.Module, batch: tuple[Any, ...]) -> tuple[int, int, int]:
+    """Bytes of a float model, and the most that this process holds in a forward pass and in quantizing in one call."""
+    fxq.quantize(nn.Sequential(nn.Conv2d(3, 3, 3)).eval(), [torch.rand(1, 3, 8, 8)], progress=False)
+    size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    forward = _peak(lambda: call(model, batch))
+    return size, forward, _peak(lambda: fxq.quantize(model, [batch], example_inputs=batch, forward_fn=call,
+                                                     progress=False))  # fmt: skip
+
+
 def _peak(action: Callable[[], Any]) -> int:
-    """The most bytes of memory that this process holds more while an action runs."""
+    """The most bytes of memory that this process holds while an action runs."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = _resident()
-    with _watching() as most, torch.no_grad():
+    Path("/proc/self/clear_refs").write_text("5")  # the most resident so far becomes what is resident now
+    with torch.no_grad():
         action()
-    return max(most) - before
+    return most_resident()
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-@contextmanager
-def _watching() -> Iterator[list[int]]:
-    found, done = [_resident()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            found.append(_resident())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        thread.join()
+def most_resident() -> int:
+    """The most bytes that this process has held."""
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 def _shares(qmodel: nn.Module) -> dict[str, Any]:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fxq.scaled_weight import ScaledWeight
+
 # Layers that read their weights and do nothing else with them. An embedding, for one, may scale them in its forward.
 _READING = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
@@ -126,17 +128,20 @@ def only_reads(module: nn.Module) -> bool:
 
 
 def give_back(modules: Iterable[nn.Module], model: nn.Module) -> None:
-    """Replace each tensor of some modules that is on the memory of ``model`` by one of their own."""
-    lent = {_memory(tensor) for tensor in model.parameters()} - {None}
+    """Replace each tensor of some modules that is on the memory of ``model``, or computed from it, by their own."""
+    lent = {memory_of(tensor) for tensor in model.parameters()} - {None}
     memo: dict[int, Any] = {}
     for module in modules:
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
-            for name, tensor in table.items():
-                if tensor is not None and _memory(tensor) in lent:
+            for name, tensor in list(table.items()):
+                if isinstance(tensor, ScaledWeight):
+                    delattr(module, name)
+                    module.register_parameter(name, copy.deepcopy(tensor, memo))
+                elif tensor is not None and memory_of(tensor) in lent:
                     table[name] = copy_tensor(tensor, memo)
 
 
-def _memory(tensor: torch.Tensor) -> int | None:
+def memory_of(tensor: torch.Tensor) -> int | None:
     """The address of a tensor's memory, ``None`` of tensors without one, as empty and mkldnn ones."""
     return (tensor.untyped_storage().data_ptr() or None) if tensor.layout is torch.strided else None

@@ -16,7 +16,7 @@ from fxq.spec import QParams, QuantSpec
 # Smallest scale handed to a kernel. Far below any real activation, far enough above the smallest normal
 # float32 that products of two scales and the reciprocal of one stay finite and normal.
 MIN_SCALE = 2.0**-60
-_CHUNK = 1 << 21  # elements quantized at a time
+_CHUNK = 1 << 17  # elements quantized at a time, whose temporaries stay in cache
 
 
 def choose_qparams(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> QParams:
@@ -84,7 +84,7 @@ def quantize(x: torch.Tensor, qparams: QParams, spec: QuantSpec) -> torch.Tensor
 
 
 def _rounded(x: torch.Tensor, inverse: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    return torch.clamp(torch.round(x * inverse) + zero_point, spec.quant_min, spec.quant_max).to(spec.dtype)
+    return (x * inverse).round_().add_(zero_point).clamp_(spec.quant_min, spec.quant_max).to(spec.dtype)
 
 
 def dequantize(q: torch.Tensor, qparams: QParams, ch_axis: int | None = None) -> torch.Tensor:

@@ -10,6 +10,7 @@ what is traceable in it becomes regions of their own.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from fxq.graph_module import REFERENCE, QuantModule
 from fxq.macs import counting
 from fxq.outside_reads import watching_reads
 from fxq.plan import EXCLUDED, Stage
+from fxq.write_guard import WriteGuard, WriteRefused
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -234,7 +236,7 @@ def prepare_partition(
         TraceError: ``reason``, if no submodule with weights can be traced either.
         InputError: if the model fails on the example inputs.
     """
-    found = _record(copy_structure(model, {}).eval(), inputs)  # a copy, because it runs the user's code
+    found = _recorded(model, inputs)
     clone = copy_structure(model, _lent(model) if borrow else {}).eval()
     left: dict[str, str] = {}
     _Search(clone, found, left, prepare_region).inside(clone, "")
@@ -258,13 +260,25 @@ def _lent(model: nn.Module) -> dict[int, Any]:
     return borrowed(only_read(known, others))
 
 
+def _recorded(model: nn.Module, inputs: Inputs) -> Recording:
+    """What :func:`_record` finds. It runs the user's code, so a copy does.
+
+    Reading the model's own weights saves memory; should the code write to one, it runs again on a full copy.
+    """
+    lent = _lent(model)
+    copied = copy_structure(model, dict(lent)).eval()
+    with contextlib.suppress(WriteRefused), WriteGuard(lent.values()) as guard:
+        found = _record(copied, inputs)
+    return _record(copy_structure(model, {}).eval(), inputs) if guard.refused else found
+
+
 def _record(model: nn.Module, inputs: Inputs) -> Recording:
     """What the submodules do when the model runs on its example inputs."""
     try:
         args, kwargs = copy_inputs(inputs)
         with torch.no_grad(), recording(model) as found:
             model(*args, **kwargs)
-    except FxqError:
+    except (FxqError, WriteRefused):
         raise
     except Exception as error:
         raise InputError(f"the model fails on the example inputs: {type(error).__name__}: {error}") from error

@@ -49,7 +49,7 @@ def prepare_passes(
         DropIdentity(ops),
         FoldConstants(ops),
         RecordFacts(*inputs, ops),
-        FoldBatchNorm(ops),
+        FoldBatchNorm(ops, keep_sources=borrow),
         Equalize(config, inputs, ops),
         AbsorbBias(config, inputs, ops),
         RewriteScalars(ops),

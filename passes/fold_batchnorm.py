@@ -18,25 +18,30 @@ from fxq.ops import BATCH_NORM, CONV_TRANSPOSES, CONVS, LINEAR, Dictionary, Op
 from fxq.pass_base import Pass
 from fxq.passes.layer_weights import (
     axis_one_is_channels,
+    constant,
     constant_response,
     count_readers,
     is_padded,
     scale_inputs,
     scale_outputs,
     set_parameters,
-    static_parameters,
     static_tensor,
 )
 from fxq.plan import ChannelStatistics, Fusion, QuantPlan
+from fxq.scaled_weight import ScaledWeight
 
 
 class FoldBatchNorm(Pass):
-    """BatchNorm nodes next to a layer with weights disappear into it."""
+    """BatchNorm nodes next to a layer with weights disappear into it.
+
+    Args:
+        keep_sources: weights stay what they were before, and are scaled whenever they are read.
+    """
 
     requires = frozenset({"canonical", "facts"})
 
-    def __init__(self, ops: Dictionary) -> None:
-        self.ops = ops
+    def __init__(self, ops: Dictionary, keep_sources: bool = False) -> None:
+        self.ops, self.keep_sources = ops, keep_sources
         self._readers: Counter[int] = Counter()
 
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
@@ -64,17 +69,22 @@ class FoldBatchNorm(Pass):
             return False
         if op not in (*CONVS, *CONV_TRANSPOSES, LINEAR):
             return False
-        parameters = _foldable_parameters(layer, op, module, plan)
-        if parameters is None:
+        weight, bias = constant(op.get(layer, "weight"), module), static_tensor(op.get(layer, "bias"), module)
+        if weight is None or not _has_channels(layer, op, weight, bias, plan):
             return False
-        weight, bias = parameters
-        new_weight = scale_outputs(weight, scale, op, layer)
+        new_weight = self._scaled(weight, scale, op, layer)
         set_parameters(layer, op, new_weight, scale * (0 if bias is None else bias) + shift, module, self._readers)
         plan.statistics[layer.name] = _statistics(node, scale, shift, module)
         _log(node, layer, plan, "BatchNorm into the layer before")
         node.replace_all_uses_with(layer)
         _erase(node, plan)
         return True
+
+    def _scaled(self, weight: torch.Tensor, scale: torch.Tensor, op: Op, layer: Node) -> torch.Tensor:
+        if op in CONV_TRANSPOSES:
+            return scale_outputs(weight.double(), scale, op, layer)
+        scaled = ScaledWeight(weight, scale)
+        return scaled if self.keep_sources else scaled.value()
 
     def _fold_into_consumer(
         self, node: Node, scale: torch.Tensor, shift: torch.Tensor, module: QuantModule, plan: QuantPlan
@@ -85,10 +95,9 @@ class FoldBatchNorm(Pass):
             return False
         if is_padded(layer, op) and bool(shift.any()):
             return False
-        parameters = _foldable_parameters(layer, op, module, plan)
-        if parameters is None:
+        weight, bias = (static_tensor(op.get(layer, name), module) for name in ("weight", "bias"))
+        if weight is None or not _has_channels(layer, op, weight, bias, plan):
             return False
-        weight, bias = parameters
         extra = constant_response(weight, shift, op, layer)
         bias = extra if bias is None else bias + extra
         set_parameters(layer, op, scale_inputs(weight, scale, op, layer), bias, module, self._readers)
@@ -123,12 +132,9 @@ def _statistics(
     return ChannelStatistics(tuple((scale * mean + shift).tolist()), tuple((scale.abs() * var.sqrt()).tolist()))
 
 
-def _foldable_parameters(
-    layer: Node, op: Op, module: QuantModule, plan: QuantPlan
-) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Weight and bias of a layer in float64; ``None`` if they are not constant or BatchNorm does not fit the layer."""
-    parameters = static_parameters(layer, op, module)
-    return parameters if parameters is not None and axis_one_is_channels(layer, parameters[0], plan) else None
+def _has_channels(layer: Node, op: Op, weight: torch.Tensor, bias: torch.Tensor | None, plan: QuantPlan) -> bool:
+    """Whether a layer's bias is constant and BatchNorm fits the layer."""
+    return (bias is not None or op.get(layer, "bias") is None) and axis_one_is_channels(layer, weight, plan)
 
 
 def _log(node: Node, layer: Node, plan: QuantPlan, detail: str) -> None:

@@ -15,14 +15,21 @@ from fxq.conv_bn import scale_channels
 from fxq.graph_module import QuantModule, free_path, get_attribute, set_tensor
 from fxq.ops import CONV_TRANSPOSES, LINEAR, Op
 from fxq.plan import QuantPlan
+from fxq.scaled_weight import ScaledWeight
+
+
+def constant(value: object, module: QuantModule) -> torch.Tensor | None:
+    """The tensor of a ``get_attr`` argument; ``None`` for anything else."""
+    if not isinstance(value, Node) or value.op != "get_attr":
+        return None
+    tensor = get_attribute(module, str(value.target))
+    return tensor if isinstance(tensor, torch.Tensor) else None
 
 
 def static_tensor(value: object, module: QuantModule) -> torch.Tensor | None:
     """The tensor of a ``get_attr`` argument in float64, so that changing it rounds once; ``None`` for anything else."""
-    if not isinstance(value, Node) or value.op != "get_attr":
-        return None
-    tensor = get_attribute(module, str(value.target))
-    return tensor.detach().double() if isinstance(tensor, torch.Tensor) else None
+    tensor = constant(value, module)
+    return None if tensor is None else tensor.detach().double()
 
 
 def static_parameters(layer: Node, op: Op, module: QuantModule) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -75,8 +82,9 @@ def is_padded(node: Node, op: Op) -> bool:
 def set_parameters(
     layer: Node, op: Op, weight: torch.Tensor, bias: torch.Tensor | None, module: QuantModule, readers: Counter[int]
 ) -> None:
-    """Store a layer's weight and bias as float32 parameters; a layer without a bias gets one if ``bias`` is given.
+    """Store a layer's weight and bias as float32 parameters, a :class:`ScaledWeight` as it is.
 
+    A layer without a bias gets one if ``bias`` is given.
     ``readers`` is what :func:`count_readers` counted before any change.
     """
     weight_node, bias_node = op.get(layer, "weight"), op.get(layer, "bias")
@@ -90,7 +98,7 @@ def set_parameters(
     args = list(layer.args)
     with layer.graph.inserting_before(layer):
         for name, (path, value) in values.items():
-            set_tensor(module, path, nn.Parameter(value.float()))
+            set_tensor(module, path, value if isinstance(value, ScaledWeight) else nn.Parameter(value.float()))
             args[op.index(name)] = layer.graph.get_attr(path)
     layer.args = tuple(args)
 
