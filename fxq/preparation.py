@@ -40,7 +40,7 @@ _PLAIN = PRESETS["simple"]
 
 
 def prepare_passes(
-    table: Backend, config: ResolvedConfig, inputs: Inputs, preset: Preset = _PLAIN
+    table: Backend, config: ResolvedConfig, inputs: Inputs, preset: Preset = _PLAIN, borrow: bool = False
 ) -> list[Pass]:
     """What happens between the canonical graph and the prepared one, in order; some of it only if a preset asks."""
     ops = table.dictionary
@@ -181,7 +181,7 @@ def _prepare_region(
     if training:
         passes = Pipeline(prepare_training_passes(table, config, inputs, model))
     else:
-        passes = Pipeline(prepare_passes(table, config, inputs, preset))
+        passes = Pipeline(prepare_passes(table, config, inputs, preset, borrow=borrow))
     found = Recording()
     if leaves_to_search(module):
         with recording(module) as found:
