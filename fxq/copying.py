@@ -137,7 +137,7 @@ def give_back(modules: Iterable[nn.Module], model: nn.Module) -> None:
             for name, tensor in list(table.items()):
                 if isinstance(tensor, ScaledWeight):
                     delattr(module, name)
-                    module.register_parameter(name, copy.deepcopy(tensor, memo))
+                    module.register_parameter(name, tensor.__deepcopy__(memo))
                 elif tensor is not None and memory_of(tensor) in lent:
                     table[name] = copy_tensor(tensor, memo)
 

@@ -57,7 +57,7 @@ class ScaledWeight(Tensor):
 
     @staticmethod
     def __new__(cls, weight: Tensor, factor: Tensor) -> ScaledWeight:
-        made: ScaledWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: ScaledWeight = Tensor._make_wrapper_subclass(
             cls, weight.shape, dtype=torch.float32
         )
         made.source, made.factor = weight.detach(), factor.reshape(-1, *[1] * (weight.dim() - 1))
@@ -83,7 +83,9 @@ class ScaledWeight(Tensor):
         return nn.Parameter(self.value())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        return memo.setdefault(id(self), self.parameter())  # type: ignore[no-any-return]
+        if id(self) not in memo:
+            memo[id(self)] = self.parameter()
+        return memo[id(self)]  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"ScaledWeight({list(self.shape)})"
@@ -91,7 +93,7 @@ class ScaledWeight(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = tree_map_only(cls, cls.value, (args, kwargs or {}))
