@@ -18,8 +18,9 @@ model makes of the smallest error any 8-bit model has. Seconds are CPU seconds t
 
 ".fxq", "TorchScript", "torch.export" (the program as it is), "lowered again" and "ONNX" (in onnxruntime) say whether
 what is written and read again gives equal numbers: those of the packed model, for programs and ONNX those of the
-reference graph. "3 (0.2%)" is a largest difference of 3 steps of the output, with 0.2 % of the values more than one
-step away; random weights amplify roundings. A model in regions is saved whole, and its regions are written one by one.
+reference graph. "3 (0.2%)" is a largest difference of 3 steps of the (coarsest) output, with 0.2 % of the values
+more than one step away; random weights amplify roundings. A model in regions is saved whole, and its regions are
+written one by one.
 """
 
 from __future__ import annotations

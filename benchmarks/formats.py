@@ -18,7 +18,7 @@ from torch import nn
 import fxq
 from fxq.graph_module import QuantModule
 from fxq.partition import reference_of
-from fxq.qdq import is_quantize
+from fxq.qdq import is_dequantize, is_quantize
 
 
 class Distance(NamedTuple):
@@ -67,8 +67,10 @@ class Shipped:
 
 
 def step_of(reference: QuantModule) -> float:
-    """The step of the last integers, which stand before the output."""
-    return [float(node.args[1]) for node in reference.graph.nodes if is_quantize(node)][-1]
+    """The coarsest step of the outputs, or that of the last integers if outputs are computed from them in float."""
+    nodes = list(reference.graph.nodes)
+    outputs = [float(node.args[1]) for node in nodes[-1].all_input_nodes if is_dequantize(node)]
+    return max(outputs or [float(node.args[1]) for node in nodes if is_quantize(node)][-1:])
 
 
 def distance(found: torch.Tensor, source: torch.Tensor, step: float) -> Distance:
@@ -97,6 +99,8 @@ def program(shipped: Shipped) -> Distance:
 
 def lowered_again(shipped: Shipped) -> Distance:
     """The program that :func:`program` wrote, on packed kernels."""
+    if not shipped.file(".pt2").exists():
+        raise fxq.FxqError("there is no program")
     return shipped.from_packed(fxq.from_exported_program(torch.export.load(shipped.file(".pt2")))(*shipped.args))
 
 

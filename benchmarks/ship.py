@@ -76,7 +76,8 @@ def _shipped(qmodel: nn.Module, args: tuple[Any, ...], folder: Path) -> Iterator
     for path, region in regions_of(qmodel).items():
         if id(region) in seen:
             inputs, keywords = seen[id(region)]
-            yield path, Shipped(region, (*inputs, *keywords.values()), folder)
+            (folder / path).mkdir(exist_ok=True)
+            yield path, Shipped(region, (*inputs, *keywords.values()), folder / path)
 
 
 def _joined(results: list[Distance | Failure]) -> str:

@@ -71,6 +71,13 @@ def to_torchscript(model: nn.Module, example_inputs: Any = None, path: str | Pat
             node.target = torch._make_per_tensor_quantized_tensor
     inputs = inputs_of(reference) if example_inputs is None else example_inputs
     inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(x for x in inputs if isinstance(x, torch.Tensor))
+    needed = [node.target for node in reference.graph.find_nodes(op="placeholder") if not node.args]
+    if len(inputs) < len(needed):
+        raise FxqError(
+            f"{reference.plan.model} takes {len(needed)} inputs ({', '.join(map(str, needed))}), of which "
+            f"{len(inputs)} are tensors, and TorchScript is traced with tensors alone; write the regions inside one by "
+            f"one"
+        )
     with warnings.catch_warnings(), torch.no_grad(), running():
         warnings.simplefilter("ignore")  # TorchScript is deprecated, and says so for every trace
         traced = torch.jit.trace(fx.GraphModule(lowered, lowered.graph), inputs, strict=False, check_trace=False)

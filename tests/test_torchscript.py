@@ -146,3 +146,19 @@ def test_transposed_convolutions_run_in_float(tmp_path: Path) -> None:
     scale = model.plan.kernels["b"].scale
     torch.testing.assert_close(found, model(X), rtol=0, atol=1.01 * scale)
     assert "quantized::conv2d" in str(torch.jit.load(tmp_path / "net.pt").inlined_graph)
+
+
+def test_a_list_for_an_input_is_refused() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
+            return self.conv(levels[0]) + self.conv(levels[1])
+
+    x = torch.rand(2, 3, 8, 8)
+    prepared = fxq.prepare(Head().eval(), ([x, x],))
+    prepared([x, x])
+    with pytest.raises(FxqError, match=r"Head takes 1 inputs \(levels\), of which 0 are tensors"):
+        fxq.to_torchscript(fxq.convert(prepared))
