@@ -41,6 +41,11 @@ class _Proxy(fx.Proxy):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer"):  # torch.fx would keep it here and give back the object without it
+            raise TypeError(f"sets the attribute {name!r} of a value that is traced")
+        super().__setattr__(name, value)
+
     def __bool__(self) -> bool:
         demanded = _demanded(sys._getframe(1))
         if demanded is None:

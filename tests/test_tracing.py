@@ -330,6 +330,30 @@ def test_an_output_with_attributes_keeps_its_type():
     assert (out.scores - model(X).scores).abs().max() < 0.1
 
 
+class OddAnswers(Answers):
+    def forward(self, x):
+        return super().forward(x + 1 if x.sum() > 1e9 else x)
+
+
+class Projects(nn.Module):
+    """Changes an attribute of what a part that cannot be traced returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.answers, self.head = OddAnswers(), conv(4, 4)
+
+    def forward(self, x):
+        out = self.answers(x)
+        out.scores = self.head(out.scores)
+        return out
+
+
+def test_attributes_that_a_model_sets_are_set():
+    model = Projects().eval()
+    qmodel = fxq.quantize(model, [X])
+    assert (qmodel(X).scores - model(X).scores).abs().max() < 0.1
+
+
 class Cache:
     """What a model appends to while it runs."""
 
