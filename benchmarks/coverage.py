@@ -99,7 +99,7 @@ def measure_seed(name: str, seed: int, peer: bool) -> tuple[dict[str, Any], dict
     actual = outputs(qmodel, others)
     run["sqnr"] = sqnr(expected, actual)
     run["cosine"] = torch.nn.functional.cosine_similarity(expected.double(), actual.double(), dim=0).item()
-    row |= {"model": name, "status": _status(qmodel), **_shares(qmodel)}
+    row |= {"model": name, "status": status(qmodel), **shares(qmodel)}
     del qmodel
     if peer:
         run |= _torch_ao(model, batches, others, expected)
@@ -111,7 +111,8 @@ def call(model: nn.Module, batch: tuple[Any, ...]) -> Any:
     return model(*batch)
 
 
-def _status(qmodel: nn.Module) -> str:
+def status(qmodel: nn.Module) -> str:
+    """Whether a model was traced as a whole."""
     found = regions_of(qmodel)
     inside = f" and {len(found) - 1} regions" if len(found) > 1 else ""
     return f"whole{inside}" if "" in found else f"{len(found)} regions"
@@ -146,7 +147,8 @@ def most_resident() -> int:
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
-def _shares(qmodel: nn.Module) -> dict[str, Any]:
+def shares(qmodel: nn.Module) -> dict[str, Any]:
+    """How much of it is int8, and why the rest is not."""
     records = fxq.graph_records(qmodel)
     partition = partition_of(qmodel)
     total = sum(record["macs"] for record in records) + (partition.left_macs if partition else 0)
@@ -185,9 +187,9 @@ def run_all(results: Path, names: list[str], options: argparse.Namespace) -> Non
     for name in names:
         rows = {row["model"]: row for row in read(results)}
         if name not in rows:
-            _append(results, {"model": name} | _in_process(["--model", name, *measuring], "status", options))
+            append_row(results, {"model": name} | _in_process(["--model", name, *measuring], "status", options))
         if options.ship and "formats" not in rows.get(name, {}):
-            _append(results, {"model": name} | _in_process(["--model", name, "--ship"], "formats", options))
+            append_row(results, {"model": name} | _in_process(["--model", name, "--ship"], "formats", options))
         row = next(row for row in read(results) if row["model"] == name)
         formats = row.get("formats", "")
         print(name, row["status"], row.get("int8_percent"), row.get("sqnr"), row.get("torch_ao"), formats, flush=True)
@@ -208,7 +210,8 @@ def _in_process(arguments: list[str], key: str, options: argparse.Namespace) -> 
     return found
 
 
-def _append(results: Path, row: dict[str, Any]) -> None:
+def append_row(results: Path, row: dict[str, Any]) -> None:
+    """One more line of JSON."""
     with results.open("a") as file:
         file.write(json.dumps(row) + "\n")
 

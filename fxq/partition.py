@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -406,10 +406,19 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Numbers and names that the code around the submodule may read, such as ``out_channels``."""
+    """Numbers and names that the code around the submodule may read, such as ``out_channels``: its own, its class's,
+    and what its properties return.
+    """
+    values: dict[str, Any] = {}
+    for cls in reversed([cls for cls in type(module).__mro__ if cls not in nn.Module.__mro__]):
+        for name, value in vars(cls).items():
+            if isinstance(value, property):
+                with suppress(Exception):  # a property that fails here is one that nobody reads
+                    value = getattr(module, name)
+            values[name] = value
     return {
         name: value
-        for name, value in vars(module).items()
+        for name, value in (values | vars(module)).items()
         if not name.startswith("_") and name != "training" and _is_plain(value)
     }
 

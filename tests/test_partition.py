@@ -578,6 +578,46 @@ def test_what_code_outside_reads_is_no_region():
         assert sqnr(model(x), quantized(x)) > 25
 
 
+class HasStride:
+    kind = "encoder"
+
+    @property
+    def stride(self):
+        return 2**self._depth
+
+    @property
+    def broken(self):
+        raise RuntimeError
+
+
+class Strided(nn.Module, HasStride):
+    def __init__(self):
+        super().__init__()
+        self.conv, self._depth = nn.Conv2d(3, 4, 3, padding=1), 3
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class AsksStride(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = Strided()
+
+    def forward(self, x):
+        if x.sum() > 1e9 or x.shape[-1] % self.encoder.stride or self.encoder.kind != "encoder":
+            return x
+        return self.encoder(x)
+
+
+def test_properties_of_a_region_are_still_readable():
+    model, x = AsksStride().eval(), torch.randn(2, 3, 8, 8)
+    quantized = quiet(fxq.quantize, model, [x])
+    assert set(regions_of(quantized)) == {"encoder"}
+    with torch.no_grad():
+        assert sqnr(model(x), quantized(x)) > 25
+
+
 def test_a_part_called_self_does_not_shadow_the_module():
     class Attention(nn.Module):
         def __init__(self):
