@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +14,15 @@ from torch.jit._trace import TracerWarning
 from torch.utils import _pytree as pytree
 
 from fxq.api import as_inputs
+from fxq.direct_kernels import DirectModel
 from fxq.engine import running
-from fxq.errors import BackendError, StageError
+from fxq.errors import BackendError, ConfigError, MissingDependencyError, StageError
+from fxq.graph_module import QuantModule
 from fxq.partition import Inputs, map_regions, region_inputs, regions_of
 from fxq.plan import Stage
+from fxq.timing import measure
 
+_SECONDS = 0.2  # to time each form
 _WARM_UP = 3  # calls until TorchScript's executor has specialized the graph
 
 
@@ -23,11 +30,12 @@ class Frozen(nn.Module):
     """A frozen model, called like the model it was made from; see :func:`freeze`.
 
     Attributes:
+        form: a name of :data:`FORMS`.
         shapes: of the tensors it is frozen for, in the order of the inputs. Inputs of other shapes run in the
             original model: the same numbers at its speed.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, model: QuantModule, inputs: Inputs, form: str | None = None) -> None:
         super().__init__()
         leaves, self._spec = pytree.tree_flatten((inputs[0], dict(inputs[1])))
         leaves = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -35,7 +43,7 @@ class Frozen(nn.Module):
         self._strides = [leaf.stride() for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._model = (model,)  # not a submodule: what is frozen has no parameters any more
-        self._run, self._result = _trace(model, leaves, self._spec)
+        self.form, (self._run, self._result) = _fastest(model, leaves, self._spec, form)
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -49,17 +57,25 @@ class Frozen(nn.Module):
         return self._result.restore([tensor.clone() for tensor in found])  # as ordinary tensors
 
 
-def freeze(qmodel: nn.Module, example_inputs: Any) -> nn.Module:
+def freeze(qmodel: nn.Module, example_inputs: Any, *, form: str | None = None) -> nn.Module:
     """The fastest callable for running a quantized model again and again on inputs of one shape.
 
-    The graph of kernels is recorded once, with every shape, scale and packed weight a constant in it, and runs
-    without Python (TorchScript, frozen; docs/performance.md has what else was measured). Its numbers are those of
-    ``qmodel`` bit for bit, which is verified on the example inputs. It may be called from several threads at once.
+    There are two forms (docs/performance.md has what else was measured). Both may be called from several threads at
+    once, and both are verified on the example inputs:
+
+    ``"torchscript"``: the graph of kernels is recorded once, with every shape, scale and packed weight a constant in
+    it, and runs without Python. The numbers are those of ``qmodel`` bit for bit.
+
+    ``"onednn"``: convolutions become primitives that write to memory of their own and are called without torch
+    (:mod:`fxq.direct_kernels`); needs ``pip install "fxq[onednn]"``. Each of them gives the same integers as torch's
+    kernel but for ties, where it may be one more or less; everything else is the same.
 
     Args:
         qmodel: lowered, from :func:`fxq.quantize`, ``convert``, ``lower`` or ``load``; unchanged.
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs, of the shapes, dtypes and
             memory formats that it will be called with. channels_last images save a conversion.
+        form: one of the two; by default the one that takes less time with the example inputs on this machine, of
+            those that are installed.
 
     Returns:
         A module that is called like ``qmodel`` and takes inputs of other shapes, too: these run in ``qmodel`` itself.
@@ -67,15 +83,19 @@ def freeze(qmodel: nn.Module, example_inputs: Any) -> nn.Module:
 
     Raises:
         StageError: if ``qmodel`` is not lowered, or calls a module that decides by the values it is given.
-        BackendError: if torch's frozen graph gives other numbers.
+        BackendError: if torch's frozen graph gives other numbers, or if no convolution can be called directly.
+        ConfigError: for an unknown form.
+        MissingDependencyError: for ``"onednn"`` if it is not installed.
 
     Example:
         >>> frozen = fxq.freeze(qmodel, torch.rand(1, 3, 224, 224))                   # doctest: +SKIP
         >>> scores = frozen(image)                                                    # doctest: +SKIP
     """
+    if form is not None and form not in FORMS:
+        raise ConfigError(f"unknown form {form!r}; the forms are {', '.join(FORMS)}")
     regions_of(qmodel, Stage.LOWERED)
     seen = region_inputs(qmodel, as_inputs(example_inputs))
-    return map_regions(qmodel, lambda region: Frozen(region, seen[id(region)]) if id(region) in seen else region)
+    return map_regions(qmodel, lambda region: Frozen(region, seen[id(region)], form) if id(region) in seen else region)
 
 
 def _signature(leaf: Any) -> Any:
@@ -107,7 +127,7 @@ class _Result:
 class _Flat(nn.Module):
     """A model as a function of tensors that returns a tuple of tensors."""
 
-    def __init__(self, model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec) -> None:
+    def __init__(self, model: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSpec) -> None:
         super().__init__()
         self.model = model
         self.leaves, self.spec = leaves, spec
@@ -119,7 +139,37 @@ class _Flat(nn.Module):
         return tuple(_Result(self.model(*args, **kwargs)).tensors)
 
 
-def _trace(model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec) -> tuple[torch.jit.ScriptModule, _Result]:
+_Form = tuple[Callable[..., Any], _Result]  # of tensors, a tuple of tensors; and what that stands for
+
+
+def _fastest(
+    model: QuantModule, leaves: list[Any], spec: pytree.TreeSpec, form: str | None
+) -> tuple[str, _Form]:
+    """The form asked for, else the one that takes less time."""
+    if form is not None:
+        return form, FORMS[form](model, leaves, spec)
+    made = {"torchscript": FORMS["torchscript"](model, leaves, spec)}
+    with contextlib.suppress(BackendError, MissingDependencyError):
+        made["onednn"] = FORMS["onednn"](model, leaves, spec)
+    if len(made) == 1:
+        return next(iter(made.items()))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    with torch.inference_mode(), running():
+        times = measure({name: functools.partial(run, *tensors) for name, (run, _) in made.items()}, _SECONDS, 0.02)
+    best = min(made, key=lambda name: times[name].minimum)
+    return best, made[best]
+
+
+def _direct(model: QuantModule, leaves: list[Any], spec: pytree.TreeSpec) -> _Form:
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    with torch.inference_mode():
+        direct = DirectModel(model, args, kwargs)
+        expected = _Result(model(*args, **kwargs))
+    flat = _Flat(direct, leaves, spec).eval()
+    return flat.forward, expected
+
+
+def _trace(model: QuantModule, leaves: list[Any], spec: pytree.TreeSpec) -> _Form:
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     flat = _Flat(model, leaves, spec).eval()
     with torch.no_grad(), running(), warnings.catch_warnings(record=True) as caught:
@@ -155,3 +205,8 @@ def _require_no_decisions(model: nn.Module, caught: list[warnings.WarningMessage
             f"recorded run does not stand for all; use the model as it is"
         )
 
+
+FORMS: Mapping[str, Callable[[QuantModule, list[Any], pytree.TreeSpec], _Form]] = {
+    "torchscript": _trace,
+    "onednn": _direct,
+}

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxq
-from fxq.errors import StageError
+from fxq import direct_kernels, freezing, onednn
+from fxq.errors import ConfigError, MissingDependencyError, StageError
 from fxq.freezing import Frozen
+from fxq.timing import Timing
 
 
 class Net(nn.Module):
@@ -50,18 +52,25 @@ def quantized(model: nn.Module, *shape: int, backend: str = "x86") -> nn.Module:
     return fxq.quantize(model.eval(), data, backend=backend, progress=False)
 
 
+needs_onednn = pytest.mark.skipif(not onednn.is_available(), reason="pip install 'fxq[onednn]' for oneDNN's C API")
+
+
 @pytest.mark.parametrize("backend", ["x86", "onednn", "fbgemm", "qnnpack"])
 def test_same_numbers_bit_for_bit(backend: str) -> None:
     qmodel = quantized(Net(), 2, 3, 24, 24, backend=backend)
-    frozen = fxq.freeze(qmodel, torch.randn(2, 3, 24, 24))
+    frozen = fxq.freeze(qmodel, torch.randn(2, 3, 24, 24), form="torchscript")
     for _ in range(4):
         x = torch.randn(2, 3, 24, 24) * 2
         assert torch.equal(frozen(x), qmodel(x))
 
 
-def test_other_layouts_and_shapes() -> None:
+FORMS = ["torchscript", pytest.param("onednn", marks=needs_onednn)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_layouts_and_shapes(form: str) -> None:
     qmodel = quantized(Net(), 2, 3, 24, 24)
-    frozen = fxq.freeze(qmodel, torch.randn(2, 3, 24, 24).to(memory_format=torch.channels_last))
+    frozen = fxq.freeze(qmodel, torch.randn(2, 3, 24, 24).to(memory_format=torch.channels_last), form=form)
     assert frozen.shapes == [(2, 3, 24, 24)]
     for x in (
         torch.randn(2, 3, 24, 24),
@@ -73,9 +82,9 @@ def test_other_layouts_and_shapes() -> None:
         assert torch.equal(frozen(x), qmodel(x))
 
 
-def test_results_of_earlier_calls_stay() -> None:
-    qmodel = quantized(Net(), 1, 3, 16, 16)
-    frozen = fxq.freeze(qmodel, torch.randn(1, 3, 16, 16))
+@pytest.mark.parametrize("form", FORMS)
+def test_results_of_earlier_calls_stay(form: str) -> None:
+    frozen = fxq.freeze(quantized(Net(), 1, 3, 16, 16), torch.randn(1, 3, 16, 16), form=form)
     first, second = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 16)
     result = frozen(first)
     copy = result.clone()
@@ -83,9 +92,10 @@ def test_results_of_earlier_calls_stay() -> None:
     assert torch.equal(result, copy)
 
 
-def test_results_are_ordinary_tensors() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_results_are_ordinary_tensors(form: str) -> None:
     x = torch.randn(1, 3, 16, 16)
-    result = fxq.freeze(quantized(Net(), 1, 3, 16, 16), x)(x)
+    result = fxq.freeze(quantized(Net(), 1, 3, 16, 16), x, form=form)(x)
     result += 1
     weight = torch.ones(5, requires_grad=True)
     (result * weight).sum().backward()
@@ -104,11 +114,11 @@ def test_structured_inputs_and_results() -> None:
         assert all(map(torch.equal, found["both"], expected["both"]))
 
 
-def test_several_threads_at_once() -> None:
-    qmodel = quantized(Net(), 1, 3, 24, 24)
-    frozen = fxq.freeze(qmodel, torch.randn(1, 3, 24, 24))
+@pytest.mark.parametrize("form", FORMS)
+def test_several_threads_at_once(form: str) -> None:
+    frozen = fxq.freeze(quantized(Net(), 1, 3, 24, 24), torch.randn(1, 3, 24, 24), form=form)
     images = [torch.randn(1, 3, 24, 24) for _ in range(8)]
-    expected = [qmodel(x) for x in images]
+    expected = [frozen(x) for x in images]
     wrong: list[int] = []
 
     def work(number: int) -> None:
@@ -124,10 +134,11 @@ def test_several_threads_at_once() -> None:
     assert wrong == []
 
 
-def test_the_global_engine_does_not_matter() -> None:
-    qmodel = quantized(Net(), 1, 3, 16, 16)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_global_engine_does_not_matter(form: str) -> None:
     x = torch.randn(1, 3, 16, 16)
-    frozen, expected = fxq.freeze(qmodel, x), qmodel(x)
+    frozen = fxq.freeze(quantized(Net(), 1, 3, 16, 16), x, form=form)
+    expected = frozen(x)
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = "qnnpack"  # whose kernels without weights round differently
     try:
@@ -149,7 +160,7 @@ def test_frozen_in_regions() -> None:
     torch.manual_seed(0)
     images = [torch.randn(3, 16, 16), torch.randn(3, 24, 24)]
     qmodel = fxq.quantize(Loops().eval(), [(images,)], example_inputs=(images,), progress=False)
-    frozen = fxq.freeze(qmodel, (images,))
+    frozen = fxq.freeze(qmodel, (images,), form="torchscript")
     assert isinstance(frozen.get_submodule("net"), Frozen)
     assert all(map(torch.equal, frozen(images), qmodel(images)))
 
@@ -171,3 +182,29 @@ def test_refuses_a_module_that_decides_by_values() -> None:
     qmodel = quantized(model, 1, 3, 8, 8)
     with pytest.raises(StageError, match="'1' decides by the values"):
         fxq.freeze(qmodel, torch.randn(1, 3, 8, 8))
+
+
+@needs_onednn
+def test_the_faster_form_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    qmodel, x = quantized(Net(), 1, 3, 16, 16), torch.randn(1, 3, 16, 16)
+    for fast in freezing.FORMS:
+        times = {name: Timing(1.0 if name == fast else 2.0, 2.0, 9) for name in freezing.FORMS}
+        monkeypatch.setattr(freezing, "measure", lambda calls, *_, times=times: {name: times[name] for name in calls})
+        assert fxq.freeze(qmodel, x).form == fast
+
+
+def test_torchscript_is_the_form_where_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, x = quantized(nn.Linear(4, 4), 3, 4), torch.randn(3, 4)
+    assert fxq.freeze(linear, x).form == "torchscript"  # without a convolution
+    qmodel, x = quantized(Net(), 1, 3, 16, 16), torch.randn(1, 3, 16, 16)
+    monkeypatch.setattr(onednn, "library", missing)
+    monkeypatch.setattr(direct_kernels, "library", missing)
+    assert fxq.freeze(qmodel, x).form == "torchscript"
+    with pytest.raises(MissingDependencyError, match=r"fxq\[onednn\]"):
+        fxq.freeze(qmodel, x, form="onednn")
+    with pytest.raises(ConfigError, match="'fast'; the forms are torchscript, onednn"):
+        fxq.freeze(qmodel, x, form="fast")
+
+
+def missing() -> None:
+    raise MissingDependencyError("this needs oneDNN's C API: pip install 'fxq[onednn]'")
