@@ -437,11 +437,13 @@ class Sized(nn.Module):
         return self.second(self.first(x).relu())
 
 
-def test_padding_computed_from_the_size_is_traced():
+def test_padding_computed_from_the_size_is_traced(tmp_path):
     model = Sized().eval()
     qmodel = fxq.quantize(model, [X])
     assert all(record["type"] == "int8" for record in fxq.graph_records(qmodel) if record["macs"])
     prepared = fxq.prepare(model, X)
+    fxq.save(qmodel, tmp_path / "model.fxq")
+    torch.testing.assert_close(fxq.load(tmp_path / "model.fxq")(X), qmodel(X), atol=0, rtol=0)
     for size in (8, 9, 13):
         x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(size))
         torch.testing.assert_close(prepared(x), model(x))
