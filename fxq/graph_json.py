@@ -40,8 +40,8 @@ _MEMORY_FORMATS = {
 
 # Arithmetic, comparison and indexing only: operator.call and methodcaller would let a file call anything.
 _OPERATORS = (
-    "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "index", "invert", "le", "lt", "matmul", "mod",
-    "mul", "ne", "neg", "not_", "or_", "pos", "pow", "sub", "truediv", "xor",
+    "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "index", "invert", "is_", "le", "lt", "matmul",
+    "mod", "mul", "ne", "neg", "not_", "or_", "pos", "pow", "sub", "truediv", "xor",
     "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "setitem",
 )  # fmt: skip
 _ATTRIBUTES = frozenset({"shape", "ndim", "device", "dtype", "data", "T", "mT"})

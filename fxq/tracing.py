@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx._symbolic_trace import _assert_is_none
 
 from fxq.config import qualified_name
 from fxq.copying import borrowed, copy_container, copy_structure, copy_tensor, only_read, only_reads
@@ -159,7 +158,8 @@ class Tracer(fx.Tracer):
             return proxy
         message = f"{name} was {value!r} when the model was traced, and can have no other value"
         if value is None:
-            self.create_proxy("call_function", _assert_is_none, (proxy, message), {})
+            # Not torch.fx's own check, which later passes would drop, for its result is unread.
+            torch._assert(self.create_proxy("call_function", operator.is_, (proxy, None), {}), message)
         elif isinstance(value, (*_SWITCHES, int, float, tuple, list)):
             torch._assert(operator.eq(proxy, value), message)
         return value

@@ -149,6 +149,9 @@ def test_an_input_fixed_at_none_refuses_another_value():
     module, _ = trace(Options().eval(), (X,), {})
     with pytest.raises(AssertionError, match="skip"):
         module(X, X)
+    qmodel = fxq.quantize(Options().eval(), [X], example_inputs=X)
+    with pytest.raises(AssertionError, match="skip"):
+        qmodel(X, X)
 
 
 def test_untraceable_submodule_is_a_leaf_with_its_statement():
