@@ -21,6 +21,7 @@ from fxq.passes.equalize import Equalize
 from fxq.passes.expose_projections import ExposeProjections
 from fxq.passes.finish_training import TRAINABLE
 from fxq.passes.float_exits import FloatExits
+from fxq.passes.float_residuals import FloatResiduals
 from fxq.passes.fold_batchnorm import FoldBatchNorm
 from fxq.passes.fold_constants import FoldConstants
 from fxq.passes.follow_mode import FollowMode
@@ -54,6 +55,7 @@ def prepare_passes(
         AbsorbBias(config, inputs, ops),
         RewriteScalars(ops),
         Annotate(table, config, ops),
+        FloatResiduals(table, ops),
         FloatExits(table),
         DropIslands(table),
         ShareQParams(table, ops),
@@ -77,6 +79,7 @@ def prepare_training_passes(table: Backend, config: ResolvedConfig, inputs: Inpu
         DetachBatchNorm(batch_norms, ops),
         RewriteScalars(ops),
         Annotate(table, config, ops),
+        FloatResiduals(table, ops),
         FloatExits(table),
         DropIslands(table),
         ShareQParams(table, ops),

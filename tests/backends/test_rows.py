@@ -299,9 +299,6 @@ NORM_CASES = (
     Case("batch_norm", "3d",
          lambda: Between(nn.Sequential(nn.ReLU(), alive(nn.BatchNorm3d(8)), nn.MaxPool3d(2)), dims=3),
          (2, 8, 3, 4, 5)),
-    between("layer_norm", "last", lambda: alive(nn.LayerNorm(9)), other=((1, 8, 9, 9), (3, 8, 4, 9))),
-    between("layer_norm", "two", lambda: alive(nn.LayerNorm((9, 9))), other=((1, 8, 9, 9),)),
-    between("layer_norm", "no affine", lambda: nn.LayerNorm((8, 9, 9), elementwise_affine=False), other=()),
     between("group_norm", "two groups", lambda: alive(nn.GroupNorm(2, 8)), other=LARGE),
     between("group_norm", "no affine", lambda: nn.GroupNorm(8, 8, affine=False)),
     between("instance_norm", "plain", lambda: nn.InstanceNorm2d(8), other=LARGE),
@@ -522,7 +519,7 @@ WEIGHTED = ("conv2d-3x3", "conv2d-relu", "conv2d-relu6", "conv2d-depthwise", "co
 UNWEIGHTED = ("add-two", "add-relu", "add-relu6", "add-scalar -0.75", "mul-two", "mul-relu", "cat-two scales",
               "cat-fixed and free", "matmul-4 dimensions", "clamp-after pool", "relu-after pool", "sigmoid-plain",
               "tanh-plain", "hardswish-plain", "leaky_relu-plain", "elu-plain", "prelu-one slope",
-              "softmax-channels", "batch_norm-relu", "layer_norm-last", "instance_norm-plain", "max_pool2d-padding",
+              "softmax-channels", "batch_norm-relu", "instance_norm-plain", "max_pool2d-padding",
               "avg_pool2d-exclude pad", "pad-zero", "pad-reflect", "interpolate-bilinear", "mean-keepdim",
               "chunk-swapped", "contiguous-shuffle")  # fmt: skip
 BY_NAME = {str(case): case for case in CASES}
