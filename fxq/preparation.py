@@ -24,6 +24,7 @@ from fxq.passes.float_exits import FloatExits
 from fxq.passes.float_residuals import FloatResiduals
 from fxq.passes.fold_batchnorm import FoldBatchNorm
 from fxq.passes.fold_constants import FoldConstants
+from fxq.passes.fold_ranks import FoldRanks
 from fxq.passes.follow_mode import FollowMode
 from fxq.passes.insert_fake_quantize import InsertFakeQuantize
 from fxq.passes.insert_observers import InsertObservers
@@ -50,6 +51,7 @@ def prepare_passes(
         DropIdentity(ops),
         FoldConstants(ops),
         RecordFacts(*inputs, ops),
+        FoldRanks(),
         FoldBatchNorm(ops, keep_sources=borrow),
         Equalize(config, inputs, ops),
         AbsorbBias(config, inputs, ops),
@@ -76,6 +78,7 @@ def prepare_training_passes(table: Backend, config: ResolvedConfig, inputs: Inpu
         DropIdentity(ops),
         FoldConstants(ops, parameters=False),
         RecordFacts(*inputs, ops),
+        FoldRanks(),
         DetachBatchNorm(batch_norms, ops),
         RewriteScalars(ops),
         Annotate(table, config, ops),
