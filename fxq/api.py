@@ -176,10 +176,11 @@ def prepare(
     Args:
         model: in eval mode; left as it is.
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; only their shapes and
-            dtypes matter, except where layers are equalized: then they must be real inputs, some dozens.
+            dtypes matter, except where layers are equalized (``calibration="advanced"`` and ``"max"``) or outlier
+            channels of LayerNorms smoothed (all but ``"simple"``): then they must be real inputs, some dozens.
         backend, qconfig, exclude, pow2_scales: as for :func:`quantize`.
-        calibration: a preset's observers, what it corrects for the rounding of weights and, where these have one
-            scale a tensor, its equalization. Corrections from data come after conversion:
+        calibration: a preset's observers, what it corrects for the rounding of weights, its smoothing and, where
+            weights have one scale a tensor, its equalization. Corrections from data come after conversion:
             :func:`fxq.correct_bias`, :func:`fxq.learn_rounding`.
 
     Raises:

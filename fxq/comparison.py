@@ -165,10 +165,16 @@ def _evened(floats: QuantModule, plan: QuantPlan) -> QuantModule:
 
 
 def _equalize(clone: QuantModule, nodes: dict[str, Node], plan: QuantPlan) -> None:
+    """Scale the layers; a first layer of several pairs was divided once for all its second ones (by Smooth)."""
     ops = clone.meta[BACKEND].dictionary
+    divided: set[str] = set()
     for pair in plan.equalized:
         scale = torch.tensor(pair.scale, dtype=torch.float64)
-        for node, change in ((nodes[pair.first], scale_outputs), (nodes[pair.second], scale_inputs)):
+        changes = [(nodes[pair.second], scale_inputs)]
+        if pair.first not in divided:
+            changes.append((nodes[pair.first], scale_outputs))
+        divided.add(pair.first)
+        for node, change in changes:
             op = ops.op_of(node)
             weight, bias = (_constant(clone, op.get(node, name)) for name in ("weight", "bias"))
             assert weight is not None

@@ -116,7 +116,10 @@ class ChannelStatistics(NamedTuple):
 
 
 class Equalized(NamedTuple):
-    """Two layers: the first one's output channels were divided by ``scale``, the second one's inputs multiplied."""
+    """Two layers: the first one's output channels were divided by ``scale``, the second one's inputs multiplied.
+
+    A first layer that several second ones read is in several pairs, and was divided once.
+    """
 
     first: str
     second: str

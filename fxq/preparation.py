@@ -33,6 +33,7 @@ from fxq.passes.record_facts import RecordFacts
 from fxq.passes.record_input_means import RecordInputMeans
 from fxq.passes.rewrite_scalars import RewriteScalars
 from fxq.passes.share_qparams import ShareQParams
+from fxq.passes.smooth import Smooth
 from fxq.plan import EXCLUDED, Origin, QuantPlan, Stage, float_decision
 from fxq.presets import PRESETS, Preset
 from fxq.tracing import trace
@@ -55,6 +56,7 @@ def prepare_passes(
         FoldBatchNorm(ops, keep_sources=borrow),
         Equalize(config, inputs, ops),
         AbsorbBias(config, inputs, ops),
+        Smooth(config, inputs, ops),
         RewriteScalars(ops),
         Annotate(table, config, ops),
         FloatResiduals(table, ops),
@@ -64,7 +66,12 @@ def prepare_passes(
         InsertObservers(table),
         RecordInputMeans(ops),
     ]
-    asked = {Equalize: preset.equalize, AbsorbBias: preset.equalize, RecordInputMeans: preset.correct_rounding}
+    asked = {
+        Equalize: preset.equalize,
+        AbsorbBias: preset.equalize,
+        Smooth: preset.smooth,
+        RecordInputMeans: preset.correct_rounding,
+    }
     return [step for step in steps if asked.get(type(step), True)]
 
 
@@ -105,7 +112,7 @@ def prepare_model(
 
     Args:
         training: for training with fake quantization instead of calibration.
-        preset: one that equalizes needs real inputs.
+        preset: one that equalizes or smooths needs real inputs.
         borrow: what is prepared reads weights of the model, until :func:`fxq.copying.give_back`.
 
     Raises:

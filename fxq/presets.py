@@ -25,6 +25,8 @@ class Preset:
             channels to what is best for the sum of them destroys the channel with the largest weights.
         equalize: scale layers that follow each other against each other where weights have one scale a tensor
             (:mod:`fxq.passes.equalize`), and absorb high biases (:mod:`fxq.passes.absorb_bias`).
+        smooth: move channels of a LayerNorm that are far larger than the others into the weights that read them
+            (:mod:`fxq.passes.smooth`).
         correct_rounding: take out of each layer's bias what rounding its weight adds to the mean of its output, by
             means recorded while calibrating (:mod:`fxq.passes.correct_bias`).
         correct_bias: take out the mean error of any cause, measured layer by layer (:func:`fxq.correct_bias`).
@@ -35,6 +37,7 @@ class Preset:
     activation: str | None = None
     weight: str | None = None
     equalize: bool = False
+    smooth: bool = True
     correct_rounding: bool = True
     correct_bias: bool = False
     learn_rounding: bool = False
@@ -55,9 +58,11 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "simple": Preset(
-        text="the smallest and largest value seen", activation="minmax", weight="minmax", correct_rounding=False
+        text="the smallest and largest value seen",
+        activation="minmax", weight="minmax", smooth=False, correct_rounding=False,
     ),
-    "default": Preset(text="the backend's recommended observers; biases make up for the rounding of weights"),
+    "default": Preset(text="the backend's recommended observers; biases make up for the rounding of weights, weights "
+        "take over outlier channels of LayerNorms"),
     "advanced": Preset(
         text="histogram ranges that clip outliers, clipped weights, equalized layers (where weights have one scale a "
         "tensor), corrected biases; no labels, no gradients",

@@ -89,13 +89,19 @@ def _layers(module: QuantModule, plan: QuantPlan, ops: Dictionary, readers: Coun
         op = ops.op_of(node)
         if op is None or op not in (*CONVS, *CONV_TRANSPOSES, LINEAR):
             continue
-        parameters = static_parameters(node, op, module)
-        given = [op.get(node, name) for name in ("weight", "bias") if op.get(node, name) is not None]
-        if parameters is None or any(is_shared(tensor, module, readers) for tensor in given):
-            continue
-        if op is LINEAR or axis_one_is_channels(node, parameters[0], plan):
-            found[node] = Layer(node, op, plan.origin(node.name).module_path or node.name, *parameters)
+        layer = layer_at(node, op, module, plan, readers)
+        if layer is not None and (op is LINEAR or axis_one_is_channels(node, layer.weight, plan)):
+            found[node] = layer
     return found
+
+
+def layer_at(node: Node, op: Op, module: QuantModule, plan: QuantPlan, readers: Counter[int]) -> Layer | None:
+    """The layer that a node calls; ``None`` if its weight or bias is not constant, or others read it too."""
+    parameters = static_parameters(node, op, module)
+    given = [op.get(node, name) for name in ("weight", "bias") if op.get(node, name) is not None]
+    if parameters is None or any(is_shared(tensor, module, readers) for tensor in given):
+        return None
+    return Layer(node, op, plan.origin(node.name).module_path or node.name, *parameters)
 
 
 def _pair(first: Layer, layers: dict[Node, Layer], ops: Dictionary) -> Pair | None:

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from fxq.conv_bn import scale_channels
 from fxq.graph_module import QuantModule, free_path, get_attribute, set_tensor
-from fxq.ops import CONV_TRANSPOSES, LINEAR, Op
+from fxq.ops import CONV_TRANSPOSES, LAYER_NORM, LINEAR, Op
 from fxq.plan import QuantPlan
 from fxq.scaled_weight import ScaledWeight
 
@@ -48,8 +48,8 @@ def axis_one_is_channels(layer: Node, weight: torch.Tensor, plan: QuantPlan) -> 
 
 
 def scale_outputs(weight: torch.Tensor, scale: torch.Tensor, op: Op, layer: Node) -> torch.Tensor:
-    """A layer's weight with each output channel multiplied by its entry of ``scale``, ``[out]``."""
-    groups = 1 if op is LINEAR else op.get(layer, "groups")
+    """A layer's weight with each output channel multiplied by its entry of ``scale``, ``[out]``; a LayerNorm's too."""
+    groups = 1 if op in (LINEAR, LAYER_NORM) else op.get(layer, "groups")
     return scale_channels(weight, scale, op in CONV_TRANSPOSES, groups)
 
 
@@ -104,11 +104,16 @@ def set_parameters(
 
 
 def count_readers(module: QuantModule) -> Counter[int]:
-    """How many nodes read each tensor, by its identity: one tensor may be known under several paths."""
+    """How many nodes read each tensor, by its identity: one tensor may be known under several paths.
+
+    A call of a module counts for each of its parameters, which a function may read as well (tied embeddings).
+    """
     readers: Counter[int] = Counter()
     for node in module.graph.nodes:
         if node.op == "get_attr":
             readers[id(get_attribute(module, str(node.target)))] += len(node.users)
+        elif node.op == "call_module":
+            readers.update(id(tensor) for tensor in module.get_submodule(str(node.target)).parameters())
     return readers
 
 
