@@ -122,7 +122,7 @@ class Smooth(Pass):
             return False
         rank = len(fact.shape)
         if op is RESHAPE:
-            return RESHAPE.get(user, "shape")[-1:] == (fact.shape[-1],)
+            return bool(RESHAPE.get(user, "shape")[-1:] == fact.shape[-1:])
         if op is FLATTEN:
             return FLATTEN.get(user, "end_dim") not in (-1, rank - 1)
         if op is TRANSPOSE:
