@@ -22,7 +22,7 @@ from fxq.partition import Inputs, map_regions, region_inputs, regions_of
 from fxq.plan import Stage
 from fxq.timing import measure
 
-_SECONDS = 0.2  # to time each form
+_SECONDS = 0.5  # to time each form
 _WARM_UP = 3  # calls until TorchScript's executor has specialized the graph
 
 
