@@ -266,7 +266,8 @@ def _require_data(regions: Iterable[QuantModule]) -> None:
 def _region_to_reference(prepared: QuantModule) -> QuantModule:
     if TRAINABLE in prepared.plan.properties:  # training's end writes to tensors
         return _become_reference(copy_module(prepared))
-    return transformed_copy(prepared, _become_reference)
+    watching = {*prepared.plan.observers.values(), *prepared.plan.input_means.values()}
+    return transformed_copy(prepared, _become_reference, map(prepared.get_submodule, watching))
 
 
 def _become_reference(module: QuantModule) -> QuantModule:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +21,18 @@ from fxq.state import graph_qparams, misfit, set_state, split_state
 BACKEND = "fxq_backend"  # the table it was prepared or lowered for
 REFERENCE = "fxq_reference"  # of a lowered module: the reference graph it was lowered from
 ENGINES = "fxq_engines"  # of a lowered module: the engines chosen for single kernels, see fxq.tune
+
+_CODELESS: ContextVar[bool] = ContextVar("codeless", default=False)
+
+
+@contextlib.contextmanager
+def codeless() -> Iterator[None]:
+    """While open, modules get no code for their graphs: what only passes read need not run, and code takes long."""
+    token = _CODELESS.set(True)
+    try:
+        yield
+    finally:
+        _CODELESS.reset(token)
 
 
 class QuantModule(fx.GraphModule):
@@ -53,6 +67,9 @@ class QuantModule(fx.GraphModule):
             if explanation is None:
                 raise
             raise InputError(explanation) from error
+
+    def recompile(self) -> Any:
+        return None if _CODELESS.get() else super().recompile()
 
     def release_unused(self) -> None:
         """Drop modules that no node calls and tensors that no node reads; linear in the size of the graph."""
@@ -217,14 +234,18 @@ def copy_module(module: QuantModule) -> QuantModule:
     return copy.deepcopy(module)
 
 
-def transformed_copy(module: QuantModule, transform: Callable[[QuantModule], object]) -> QuantModule:
+def transformed_copy(
+    module: QuantModule, transform: Callable[[QuantModule], object], lent: Iterable[nn.Module] = ()
+) -> QuantModule:
     """What ``transform`` makes of a copy of a module; only the tensors that remain afterwards are copied.
 
     Args:
-        transform: changes the copy in place; may replace tensors, but not write to them.
+        transform: changes the copy in place and compiles it; may replace tensors, but not write to them.
+        lent: submodules that it only reads and drops; they are not copied.
     """
     tensors = [*module.parameters(), *module.buffers()]
-    made = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    with codeless():
+        made = copy.deepcopy(module, {id(part): part for part in (*tensors, *lent)})
     transform(made)
     memo: dict[int, Any] = {}
     shared = {id(tensor) for tensor in tensors}

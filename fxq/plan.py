@@ -6,6 +6,8 @@ collides on ``y + y`` and goes stale when a graph is copied.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import enum
 import itertools
 from collections.abc import Iterable
@@ -234,6 +236,13 @@ class QuantPlan:
     equalized: list[Equalized] = field(default_factory=list)
     absorbed: list[Absorbed] = field(default_factory=list)
     statistics: dict[str, ChannelStatistics] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantPlan:
+        # All that the containers hold is immutable, but for the user's attributes.
+        clone = QuantPlan(**{f.name: copy.copy(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        clone.attributes = copy.deepcopy(self.attributes, memo)
+        memo[id(self)] = clone
+        return clone
 
     def origin(self, name: str) -> Origin:
         """Origin of a node; empty for nodes that fxq inserted."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -229,6 +230,15 @@ class HistogramStatistics(MinMaxStatistics):
         edges[self.low >= 0, half - 1] = 0.0
         edges[self.high <= 0, half] = 0.0
         return edges
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Self]) -> Self:
+        """Statistics that have those of several tensors as channels; their ``count`` is that of all."""
+        result = cls(0, parts[0].bins)
+        result.count = sum(part.count for part in parts)
+        for name in ("low", "high", "counts", "width"):
+            setattr(result, name, torch.cat([getattr(part, name) for part in parts]))
+        return result
 
     def _add(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         if not self.count:

@@ -15,10 +15,13 @@ from torch.fx import Node
 from fxq.graph_module import QuantModule, free_path, get_attribute, set_tensor
 from fxq.input_means import InputMeans
 from fxq.numerics import dequantize, quantize
-from fxq.ops import Dictionary
+from fxq.ops import LINEAR, Dictionary, Op
 from fxq.pass_base import Pass
 from fxq.passes.layer_weights import constant_response, count_readers, is_shared
 from fxq.plan import QuantPlan, Slot
+from fxq.spec import QParams
+
+_CHUNK = 1 << 17  # elements of a weight rounded at a time, whose temporaries stay in cache
 
 
 class CorrectBias(Pass):
@@ -49,12 +52,10 @@ class CorrectBias(Pass):
         assert op is not None
         bias = op.get(layer, "bias")
         constant = bias is None or (isinstance(bias, Node) and bias.op == "get_attr")
-        slot = Slot(layer.name, (op.index("weight"),))
-        if slot not in plan.groups or not constant or not mean.any():
+        if Slot(layer.name, (op.index("weight"),)) not in plan.groups or not constant or not mean.any():
             return False
         weight = op.get(layer, "weight").args[0]  # behind its observer
-        error = _rounding(weight, slot, module, plan)
-        value = constant_response(error, mean.float(), op, layer)
+        value = _response_to_rounding(weight, mean.float(), op, layer, module, plan)
         path = f"{str(weight.target).rpartition('.')[0]}.bias".removeprefix(".")
         if bias is not None:
             value += get_attribute(module, str(bias.target)).detach()
@@ -67,13 +68,25 @@ class CorrectBias(Pass):
         return True
 
 
-def _rounding(weight: Node, slot: Slot, module: QuantModule, plan: QuantPlan) -> torch.Tensor:
-    """What a weight loses when it is quantized: ``W - W_int8``."""
-    values, spec = get_attribute(module, str(weight.target)).detach(), plan.specs[slot]
+def _response_to_rounding(
+    weight: Node, mean: torch.Tensor, op: Op, layer: Node, module: QuantModule, plan: QuantPlan
+) -> torch.Tensor:
+    """What a layer makes of its mean input with ``W - W_int8`` for a weight, which is never held as a whole."""
+    values = get_attribute(module, str(weight.target)).detach()
+    slot = Slot(layer.name, (op.index("weight"),))
+    spec = plan.specs[slot]
     observer = module.get_submodule(plan.observers[plan.groups[slot]])
     qparams = observer.qparams()  # type: ignore[operator]
-    rounded = dequantize(quantize(values, qparams, spec), qparams, spec.ch_axis)
-    return torch.sub(values, rounded, out=rounded)
+    one_group = op is LINEAR or op.get(layer, "groups") == 1
+    rows = max(1, _CHUNK * len(values) // values.numel()) if one_group and spec.ch_axis in (None, 0) else len(values)
+    parts = []
+    for start in range(0, len(values), rows):
+        own = slice(start, start + rows)
+        part = values[own]
+        own_qparams = qparams if spec.ch_axis is None else QParams(qparams.scale[own], qparams.zero_point[own])
+        rounded = dequantize(quantize(part, own_qparams, spec), own_qparams, spec.ch_axis)
+        parts.append(constant_response(torch.sub(part, rounded, out=rounded), mean, op, layer))
+    return torch.cat(parts)
 
 
 def _drop_recorders(module: QuantModule, plan: QuantPlan) -> None:

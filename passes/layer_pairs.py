@@ -137,6 +137,7 @@ def values_of(nodes: Collection[Node], module: QuantModule, inputs: Inputs) -> I
     """The nodes with their values as the graph runs on the inputs; it does not run if there are none."""
     if not nodes:
         return
+    module.recompile()  # inputs are bound to the parameters of its forward
     walk = Walk(module, [inputs])
     with torch.no_grad():
         for node in module.graph.nodes:

@@ -1,7 +1,12 @@
-"""Run the graph once on the example inputs and record each tensor's shape and dtype, and each layer's work."""
+"""Run the graph once on the example inputs and record each tensor's shape and dtype, and each layer's work.
+
+Where values cannot matter, convs and linears compute one channel and repeat it: shapes are the same and most of the
+work of a forward pass is spared.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,13 +14,20 @@ import torch
 from torch.fx import Interpreter, Node
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from fxq.attention import multihead_attention, window_attention
 from fxq.copying import copy_inputs
 from fxq.errors import InputError
 from fxq.graph_module import QuantModule
 from fxq.macs import Counter, counting, node_macs
-from fxq.ops import Dictionary
+from fxq.ops import CONVS, LINEAR, Dictionary, Op
 from fxq.pass_base import Pass
 from fxq.plan import QuantPlan, TensorFact
+
+# Beside the ops of the vocabulary, what neither writes to its arguments nor makes the shape of its result from values.
+_SHAPED = frozenset({
+    getattr, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.eq, torch._assert,
+    multihead_attention, window_attention, "size", "dim", "expand",
+})  # fmt: skip
 
 
 class RecordFacts(Pass):
@@ -28,11 +40,32 @@ class RecordFacts(Pass):
         self.args, self.kwargs, self.ops = args, kwargs, ops
 
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
+        if not (self._values_are_free(module) and self._thinly(module, plan)):
+            self._record(_Recorder(module, plan, self.ops))
+        return len(plan.facts)
+
+    def _values_are_free(self, module: QuantModule) -> bool:
+        """Whether nothing depends on values or keeps them: no float module, no update in place, no unknown function."""
+        return all(
+            self.ops.op_of(node) is not None or (node.op != "call_module" and node.target in _SHAPED)
+            for node in module.graph.nodes
+            if node.op.startswith("call_")
+        )
+
+    def _thinly(self, module: QuantModule, plan: QuantPlan) -> bool:
+        """Record with one channel a layer; returns whether that worked."""
+        try:
+            self._record(_ThinRecorder(module, plan, self.ops))
+        except InputError:  # if the inputs are at fault, so that the full run says so
+            return False
+        return True
+
+    def _record(self, recorder: _Recorder) -> None:
+        plan = recorder.plan
         plan.facts.clear()
         plan.containers.clear()
         plan.macs.clear()
-        recorder = _Recorder(module, plan, self.ops)
-        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        placeholders = [node for node in recorder.graph.nodes if node.op == "placeholder"]
         args, kwargs = copy_inputs((self.args, self.kwargs))
         values = list(args)
         for node in placeholders[len(values) :]:
@@ -48,7 +81,6 @@ class RecordFacts(Pass):
                 f"the model fails on the example inputs at {plan.where(recorder.current)}: "
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             ) from error
-        return len(plan.facts)
 
 
 class _Recorder(Interpreter):
@@ -91,6 +123,30 @@ class _Recorder(Interpreter):
         if op is not None and op.weight is not None:
             args, _ = self.fetch_args_kwargs_from_env(node)
             self.plan.macs[node.name] = node_macs(op, args, value)
+
+
+class _ThinRecorder(_Recorder):
+    """Computes one output channel (of each group) of a conv or linear and repeats it."""
+
+    def run_node(self, n: Node) -> Any:
+        self.thin = self.ops.op_of(n)
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.thin in (*CONVS, LINEAR):
+            return _one_channel(self.thin, args)
+        return super().call_function(target, args, kwargs)
+
+
+def _one_channel(op: Op, args: tuple[Any, ...]) -> torch.Tensor:
+    weight, bias = (args[op.index(name)] for name in ("weight", "bias"))
+    groups = 1 if op is LINEAR else args[op.index("groups")]
+    each = max(1, weight.shape[0] // groups)
+    given = list(args)
+    given[op.index("weight")] = weight[::each]
+    given[op.index("bias")] = None if bias is None else bias[::each]
+    channels: torch.Tensor = op.target(*given)
+    return channels.repeat_interleave(each, -1 if op is LINEAR else 1 - weight.dim())
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from fxq.graph_module import QuantModule, free_path, get_attribute, set_tensor
 from fxq.numerics import quantize
+from fxq.observers import Observer, settle_ranges
 from fxq.op_table import Backend, sharing_ends
 from fxq.ops import Dictionary
 from fxq.pass_base import Pass
@@ -67,6 +68,7 @@ class ToReference(Pass):
         silent = {group for group, observer in observers.items() if observer.enabled and not observer.has_data}
         names = {slot.node for slot, group in plan.groups.items() if group in silent}
         plan.make_float([region for region in plan.regions if names & set(region.nodes)], NEVER_OBSERVED)
+        settle_ranges(observer for observer in observers.values() if type(observer) is Observer)
         qparams = {
             group: observer.qparams()  # type: ignore[operator]
             for group, observer in observers.items()

@@ -13,7 +13,16 @@ import torch
 from fxq import observers
 from fxq.errors import CalibrationError, ConfigError
 from fxq.numerics import choose_qparams
-from fxq.observers import OBSERVERS, SAMPLE_SIZE, Observer, ObserverKind, make_observer, sample_limit, sampling_step
+from fxq.observers import (
+    OBSERVERS,
+    SAMPLE_SIZE,
+    Observer,
+    ObserverKind,
+    make_observer,
+    sample_limit,
+    sampling_step,
+    settle_ranges,
+)
 from fxq.ranges import histogram_range, percentile_range
 from fxq.spec import QuantSpec
 from fxq.statistics import HistogramStatistics, MinMaxStatistics
@@ -221,3 +230,27 @@ def test_repr():
     assert repr(make_observer(UINT8, (0.0, None))) == (
         "Observer(histogram, uint8 affine per-tensor, batches=0, bounds=[0.0, None])"
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ranges_chosen_together_are_those_chosen_alone(name):
+    spec = UINT8.replace(observer=name)
+    made = torch.Generator().manual_seed(3)
+    tensors = [torch.randn(4000, generator=made) * 10**power for power in (-3, 0, 0, 2)]
+    tensors += [tensors[1].abs(), -tensors[2].abs(), torch.zeros(5), tensors[1].clamp(max=0.1)]
+    weights = [torch.randn(6, 50, generator=made) for _ in range(2)]
+    alone = [observed(spec, x) for x in tensors] + [observed(WEIGHT.replace(observer=name), x) for x in weights]
+    together = copy.deepcopy(alone)
+    settle_ranges([*together, make_observer(spec)])  # one without data is left alone
+    searched = [stats for observer in together if isinstance(stats := observer.statistics, HistogramStatistics)]
+    assert all(observer._range is not None for observer in together) or not searched
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(other.range(), one.range(), rtol=0, atol=0)
+
+
+def test_ranges_chosen_together_stay_inside_their_own_bounds():
+    clipped, free = Observer(UINT8, (0.0, 6.0)), Observer(UINT8)
+    for observer in (clipped, free):
+        observer(torch.linspace(-8, 8, 1000))
+    settle_ranges([clipped, free])
+    assert [float(end) for end in clipped.range()] == [0.0, 6.0] and free.range()[1] > 7

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import fx
@@ -75,3 +77,16 @@ def test_forget():
     plan = QuantPlan("x86", origins={"a": Origin("", "")}, facts={"a": TensorFact((1,), torch.float32)})
     plan.forget("a")
     assert not plan.origins and not plan.facts
+
+
+def test_a_copy_has_containers_of_its_own():
+    plan = annotated()
+    plan.attributes["sizes"] = [1, 2]
+    clone = copy.deepcopy(plan)
+    assert clone == plan
+    clone.decisions["relu"] = float_decision(EXCLUDED)
+    clone.notes.append("changed")
+    clone.properties.add("grouped")
+    clone.attributes["sizes"].append(3)
+    assert plan == QuantPlan("x86", properties={"annotated"}, decisions=annotated().decisions,
+                             attributes={"sizes": [1, 2]})  # fmt: skip

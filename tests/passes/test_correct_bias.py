@@ -14,6 +14,7 @@ import fxq
 from fxq.config import QConfigMapping
 from fxq.input_means import InputMeans
 from fxq.ops import LINEAR
+from fxq.passes import correct_bias
 from fxq.passes.correct_bias import CorrectBias
 from fxq.passes.record_input_means import RecordInputMeans
 
@@ -122,3 +123,18 @@ def test_converting_leaves_the_prepared_model_as_it_is():
     first, second = fxq.convert_to_reference(prepared), fxq.convert_to_reference(prepared)
     assert torch.equal(first.a.bias, second.a.bias) and prepared.plan.input_means
     assert not torch.equal(first.a.bias, prepared.a.bias)
+
+
+@pytest.mark.parametrize("qconfig", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_weight_corrected_in_parts_is_corrected_alike(qconfig, groups, monkeypatch):
+    model = Lambda(lambda m, x: m.c(x), c=conv(4, 6, groups=groups))
+    found = []
+    for chunk in (1 << 17, 40):
+        monkeypatch.setattr(correct_bias, "_CHUNK", chunk)
+        prepared = fxq.prepare(model, X, qconfig=qconfig)
+        with torch.no_grad():
+            prepared(X)
+        found.append(fxq.convert_to_reference(prepared).get_parameter("c.bias"))
+    assert not torch.equal(found[0], model.c.bias)
+    torch.testing.assert_close(found[1], found[0])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models_for_tests import OPS, Lambda, before, canonical, conv, graph_text, run
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fxq.errors import InputError
 from fxq.passes.record_facts import RecordFacts
@@ -74,3 +76,54 @@ def test_functions_may_change_the_lists_they_are_given():
     run(step, module)
     output = next(iter(module.graph.find_nodes(op="output")))
     assert module.plan.facts[output.args[0].name].shape == (2, 1, 8, 8)
+
+
+class Weights(TorchFunctionMode):
+    """Notes how many output channels convs and linears have computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.conv2d, F.conv2d, F.linear):
+            self.channels.append(len(args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def shapes_of(model, x):
+    module, step = before(RecordFacts, model, x)
+    with Weights() as weights:
+        run(step, module)
+    return {name: fact.shape for name, fact in module.plan.facts.items()}, module.plan.macs, weights.channels
+
+
+def test_one_channel_of_each_group_stands_for_all():
+    def forward(m, x):
+        return m.fc(m.grouped(m.c(x)).transpose(1, 3))
+
+    model = Lambda(forward, c=conv(3, 8), grouped=conv(8, 12, groups=4), fc=nn.Linear(12, 5))
+    shapes, macs, channels = shapes_of(model, X)
+    assert channels == [1, 4, 1]
+    assert (shapes["c"], shapes["grouped"], shapes["fc"]) == ((2, 8, 8, 8), (2, 12, 8, 8), (2, 8, 8, 5))
+    assert macs == {"c": 2 * 64 * 8 * 27, "grouped": 2 * 64 * 12 * 18, "fc": 2 * 64 * 12 * 5}
+
+
+def test_layers_are_computed_in_full_where_values_may_matter():
+    class Counts(nn.Module):
+        def forward(self, x):
+            return x[:, : int((x[0, :, 0, 0] > -9).sum())]
+
+    shapes, _, channels = shapes_of(Lambda(lambda m, x: m.n(m.c(x)), c=conv(3, 8), n=Counts()), X)
+    assert channels == [8] and shapes["c"] == (2, 8, 8, 8)
+
+
+def test_an_error_of_the_shortcut_is_none_of_the_model():
+    def forward(m, x):
+        y = m.c(x)
+        torch._assert((y.mean((0, 2, 3)) - m.mean).abs().max() < 1e-4, "other values")
+        return y
+
+    c = conv(3, 8)
+    shapes, _, channels = shapes_of(Lambda(forward, c=c, mean=nn.Parameter(c(X).detach().mean((0, 2, 3)))), X)
+    assert channels in ([1, 8], [8]) and shapes["c"] == (2, 8, 8, 8)
