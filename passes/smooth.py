@@ -91,18 +91,17 @@ class Smooth(Pass):
         if node.target is not multihead_attention:
             return None
         value = node.args[_VALUE]
-        contexts = [user for user in node.users if self.ops.op_of(user) is GETITEM and user.args[1] == 0]
-        others = [user for user in node.users if self.ops.op_of(user) is not GETITEM]
+        contexts = [user for user in node.users if user.args[1] == 0]  # the other part is the weights
         if not isinstance(value, Node) or node.args.count(value) > 1 or len(value.users) > 1:
             return None
-        return (value, contexts[0]) if self.ops.op_of(value) is LINEAR and len(contexts) == 1 and not others else None
+        return (value, contexts[0]) if self.ops.op_of(value) is LINEAR and len(contexts) == 1 else None
 
     def _readers(self, node: Node, plan: QuantPlan) -> list[Node] | None:
         """The linears that read the channels of ``node``; ``None`` if anything else does."""
         found: list[Node] = []
         for user in node.users:
             op = self.ops.op_of(user)
-            if op is LINEAR and user.args[0] is node and node not in user.args[1:]:
+            if op is LINEAR and user.args[0] is node:
                 if self.config.lookup(plan.origin(user.name), LINEAR.name) is None:
                     return None
                 found.append(user)
@@ -124,9 +123,9 @@ class Smooth(Pass):
         if op is RESHAPE:
             return bool(RESHAPE.get(user, "shape")[-1:] == fact.shape[-1:])
         if op is FLATTEN:
-            return FLATTEN.get(user, "end_dim") not in (-1, rank - 1)
+            return _is_other_axis(FLATTEN.get(user, "end_dim"), rank)
         if op is TRANSPOSE:
-            return all(dim not in (-1, rank - 1) for dim in user.args[1:])
+            return all(_is_other_axis(dim, rank) for dim in user.args[1:])
         if op is GETITEM:
             index = user.args[1] if isinstance(user.args[1], tuple) else (user.args[1],)
             return len(index) < rank and all(type(part) in (int, slice) for part in index)
@@ -151,6 +150,11 @@ class Smooth(Pass):
             _record(first, linear, scale, plan)
         store_layers((first, *linears), module, readers)
         return True
+
+
+def _is_other_axis(dim: object, rank: int) -> bool:
+    """Whether a number names another axis than the last."""
+    return type(dim) is int and dim not in (-1, rank - 1)
 
 
 def _largest(x: torch.Tensor) -> torch.Tensor:
