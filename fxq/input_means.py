@@ -48,9 +48,10 @@ class InputMeans(nn.Module):
         if not self.enabled:
             return
         means = _sample_means(x.detach(), self.places).double()
-        self.total += means.sum(0)
-        self.squares += means.square().sum()
-        self.samples += means.shape[0]
+        # Past nn.Module.__setattr__, which costs as much as the sums.
+        self.total.add_(means.sum(0))
+        self.squares.add_(means.square().sum())
+        self.samples.add_(means.shape[0])
 
     def shrunken(self) -> Tensor:
         """The mean, float64 ``[C]``, times the part of its square that the samples' scatter does not explain.
@@ -78,4 +79,4 @@ def _sample_means(x: Tensor, places: int) -> Tensor:
     most = max(1, int(PLACES ** (1 / places)))
     every = [slice(None, None, max(1, -(-size // most))) for size in batched.shape[2:]]
     index = (slice(None), slice(None), *every)
-    return batched[index].flatten(2).mean(2)
+    return batched[index].mean(tuple(range(2, places + 2)))

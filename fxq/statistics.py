@@ -241,13 +241,17 @@ class HistogramStatistics(MinMaxStatistics):
         return result
 
     def _add(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        self._cover(low, high)
+        _count_into(self.counts, x, self.width.reciprocal())
+        super()._add(x, low, high)
+
+    def _cover(self, low: Tensor, high: Tensor) -> None:
+        """Make bins as wide as these extremes need."""
         if not self.count:
             self.width = _grid_width(low, high, self.bins)
             self.counts = torch.zeros(low.numel(), self.bins - 1, dtype=torch.int64)
         elif self._outside(low, high):
             self._widen(_grid_width(low, high, self.bins))
-        _count_into(self.counts, x, self.width.reciprocal())
-        super()._add(x, low, high)
 
     def _add_part(self, x: Tensor, ends: Tensor, low: Tensor, high: Tensor, every: int) -> None:
         """A sample, each of its elements ``every`` times, whose tails are exchanged for those of ``x`` itself.
@@ -258,18 +262,17 @@ class HistogramStatistics(MinMaxStatistics):
         if self.ch_axis is not None:
             super()._add_part(x, ends, low, high, every)
             return
+        self._cover(low, high)
+        super()._add(x, low, high)
         sample = x[0, ::every].contiguous()
         tail = min(_TAIL, -(-len(sample) // 2))
-        smallest, largest = sample.topk(tail, largest=False).values, sample.topk(tail).values
-        lower, upper = smallest[-1], largest[-1]
-        beyond = [ends[ends < lower]] if low < lower else []
-        beyond += [ends[ends > upper]] if high > upper else []
-        self._add(torch.cat([x[0, :0], *beyond])[None], low, high)
-        counts, own = torch.zeros_like(self.counts), torch.zeros_like(self.counts)
-        _count_into(counts, sample[None], self.width.reciprocal())
-        tails = torch.cat([smallest[smallest < lower], largest[largest > upper]])
-        _count_into(own, tails[None], self.width.reciprocal())
-        self.counts.add_(counts.sub_(own), alpha=every)
+        tails = torch.cat([sample.topk(tail, largest=False).values, sample.topk(tail).values])
+        lower, upper = tails[tail - 1].item(), tails[-1].item()
+        row, inverse_width = self.counts[0], self.width.reciprocal()
+        row.add_(_histogram(sample, inverse_width, self.bins), alpha=every)
+        if low.item() < lower or high.item() > upper:
+            row.add_(_histogram(_beyond(ends[0], lower, upper), inverse_width, self.bins))
+            row.sub_(_histogram(_beyond(tails, lower, upper), inverse_width, self.bins), alpha=every)
 
     def _merge(self, other: Self) -> None:
         if self.bins != other.bins:
@@ -365,7 +368,7 @@ def _count_into(counts: Tensor, x: Tensor, inverse_width: Tensor) -> None:
     if channels == 1:
         row = counts[0]
         for chunk in x[0].split(_CHUNK) if x.shape[1] > _CHUNK else x:
-            row += torch.bincount((chunk * inverse_width).to(torch.int16).add_(bins // 2), minlength=bins)
+            row += _histogram(chunk, inverse_width, bins + 1)
         return
     rows = max(1, min(_CHUNK // x.shape[1], _CHUNK // bins))
     for start in range(0, channels, rows):
@@ -373,3 +376,13 @@ def _count_into(counts: Tensor, x: Tensor, inverse_width: Tensor) -> None:
         index = (block * inverse_width[start : start + rows, None]).to(torch.int32)
         index += (torch.arange(len(block), dtype=torch.int32) * bins + bins // 2)[:, None]
         counts[start : start + rows] += torch.bincount(index.reshape(-1), minlength=len(block) * bins).view(-1, bins)
+
+
+def _histogram(x: Tensor, inverse_width: Tensor, bins: int) -> Tensor:
+    """How many of ``x``, float32 ``[N]``, are in each bin, ``[bins - 1]``; ``bins`` is even."""
+    return torch.bincount((x * inverse_width).to(torch.int16).add_(bins // 2 - 1), minlength=bins - 1)
+
+
+def _beyond(x: Tensor, lower: float, upper: float) -> Tensor:
+    """The elements of ``x``, float32 ``[N]``, below ``lower`` or above ``upper``."""
+    return x.masked_select((x < lower) | (x > upper))
