@@ -3,6 +3,7 @@
     python benchmarks/latency.py                                         # one thread, batch 1
     python benchmarks/latency.py --batch 1 16 --threads 1 2              # four tables
     python benchmarks/latency.py --models mobilenet_v2 --tools fxq OpenVINO
+    python benchmarks/latency.py --memory                                # on disk, loaded and while running, instead
 
 The models have random weights, the same for every tool. The tools take turns, so that a busy moment of the machine
 meets all of them; the minimum is the most robust number. Peers that are not installed (the extra "peers") are left
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from inference_memory import memory_table
 from latency_peers import PEERS, Run, Tool, calibration_data, channels_last, quiet
 from model_matrix import live_model
 from tabulate import tabulate
@@ -188,7 +190,12 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1], metavar="N")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what is measured (default wall)")
     parser.add_argument("--rounds", type=int, default=10, help="turns of each tool (default 10)")
+    parser.add_argument("--memory", action="store_true", help="measure memory of float and int8 models, not time")
     options = parser.parse_args()
+    if options.memory:
+        for batch in options.batch:
+            print(f"\nMiB, batch {batch}\n\n{memory_table(options.models, batch)}")
+        return
     tools = chosen(options.tools)
     for threads in options.threads:
         torch.set_num_threads(threads)
