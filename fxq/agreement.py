@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.fx import Interpreter, Node
+from torch.fx import Node
 
 from fxq.engine import running
 from fxq.graph_module import QuantModule
+from fxq.interpreter import Interpreter
 from fxq.op_table import Backend
 from fxq.passes.lower import Lowering
 from fxq.qdq import is_quantize

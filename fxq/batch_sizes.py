@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.fx import Interpreter, Node
+from torch.fx import Node
 
 from fxq.errors import FxqError, InputError
 from fxq.graph_module import QuantModule
+from fxq.interpreter import Interpreter
 
 _BATCHES = (2, 3)
 

@@ -26,6 +26,7 @@ from fxq.calibration import ForwardFn, example_inputs_of
 from fxq.config import QConfigMapping
 from fxq.errors import InputError
 from fxq.graph_module import BACKEND, QuantModule, copy_module, free_path, get_attribute
+from fxq.interpreter import Interpreter
 from fxq.lockstep import Walk, region_inputs
 from fxq.measures import Noise, keep_batches, model_outputs, output_noise
 from fxq.partition import Inputs, map_regions, reference_of, regions_of
@@ -346,7 +347,7 @@ class _OwnWeights:
         self.floats = {node.name: node for node in floats.graph.nodes}
         self.nodes = {node.name: node for node in weights_only.graph.nodes}
         self.chain_of = {name: chain for chain in chains for name in chain}
-        self.interpreter = fx.Interpreter(weights_only)
+        self.interpreter = Interpreter(weights_only)
         self.found: dict[str, list[Any]] = {}
 
     def run(self, node: Node) -> None:

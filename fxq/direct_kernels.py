@@ -19,6 +19,7 @@ from fxq.engine import running
 from fxq.errors import BackendError
 from fxq.graph_module import REFERENCE, QuantModule
 from fxq.int_views import as_quantized, as_uint8
+from fxq.interpreter import Interpreter
 from fxq.onednn import Convolution, ConvolutionCall, ConvSpec, library
 from fxq.passes.find_kernels import int_weight
 
@@ -69,7 +70,7 @@ class DirectModel:
         return fx.GraphModule(self._model, graph).forward
 
 
-class _Planner(fx.Interpreter):
+class _Planner(Interpreter):
     """Runs a lowered graph once, makes a primitive of each convolution and compares the two.
 
     Attributes:

@@ -24,6 +24,7 @@ from fxq.calibration import ForwardFn, forward_parameters, iterate, run_batch
 from fxq.copying import copy_inputs
 from fxq.errors import CalibrationError
 from fxq.graph_module import QuantModule
+from fxq.interpreter import plain
 from fxq.partition import Inputs, regions_of
 from fxq.plan import Stage
 from fxq.qdq import is_dequantize
@@ -80,7 +81,7 @@ class Walk:
         def value(source: Node) -> Any:
             return constants[source] if source in constants else self._value(source, batch)
 
-        args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+        args, kwargs = plain(fx.map_arg((node.args, node.kwargs), value))
         return getattr(self._interpreter, node.op)(node.target, args, kwargs)
 
     def _value(self, node: Node, batch: int) -> Any:

@@ -7,10 +7,11 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from torch.fx import Interpreter, Node
+from torch.fx import Node
 
 from fxq.engine import running
 from fxq.graph_module import QuantModule
+from fxq.interpreter import Interpreter
 from fxq.partition import Inputs
 
 

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.fx import Interpreter, Node
-from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.fx import Node
 
 from fxq.attention import multihead_attention, window_attention
 from fxq.copying import copy_inputs
 from fxq.errors import InputError
 from fxq.graph_module import QuantModule
+from fxq.interpreter import Interpreter
 from fxq.macs import Counter, counting, node_macs
 from fxq.ops import CONVS, LINEAR, Dictionary, Op
 from fxq.pass_base import Pass
@@ -100,11 +100,6 @@ class _Recorder(Interpreter):
             self.plan.containers.add(n.name)
         return value
 
-    def fetch_args_kwargs_from_env(self, n: Node) -> Any:
-        # Lists of a graph are immutable, but functions may change the lists they are given, as the compiled graph's.
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        return _plain(args), _plain(kwargs)
-
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with counting(self.fetch_attr(target)) as macs:
             value = super().call_module(target, args, kwargs)
@@ -147,17 +142,6 @@ def _one_channel(op: Op, args: tuple[Any, ...]) -> torch.Tensor:
     given[op.index("bias")] = None if bias is None else bias[::each]
     channels: torch.Tensor = op.target(*given)
     return channels.repeat_interleave(each, -1 if op is LINEAR else 1 - weight.dim())
-
-
-def _plain(value: Any) -> Any:
-    """The same with ordinary lists and dicts; a named tuple or a dict with attributes keeps the type of its own."""
-    if isinstance(value, immutable_list) or type(value) is list:
-        return [_plain(item) for item in value]
-    if type(value) is tuple:
-        return tuple(_plain(item) for item in value)
-    if isinstance(value, immutable_dict) or type(value) is dict:
-        return {key: _plain(item) for key, item in value.items()}
-    return value
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -171,3 +171,22 @@ def test_empty_data_and_wrong_stage():
 )
 def test_samples_in_a_batch(batch, count):
     assert samples_in(batch) == count
+
+
+def first_taken(sizes: list[int]) -> int:
+    return sizes.pop(0)
+
+
+torch.fx.wrap("first_taken")
+
+
+def test_functions_may_change_the_lists_they_are_given() -> None:
+    model = Lambda(lambda m, x: m.a(x[:, : first_taken([3, 1])]), a=conv()).eval()
+    prepared = fxq.prepare(model, batches()[0])
+    (x,) = batches()[:1]
+    walk = Walk(prepared, [((x,), {})])
+    for node in prepared.graph.nodes:
+        if node.op == "output":
+            assert torch.equal(walk.values(node.args[0])[0], model(x))
+        else:
+            walk.run(node)

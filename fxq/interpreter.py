@@ -1,0 +1,28 @@
+"""torch.fx's interpreter, which gives functions the lists and dicts that a compiled graph would give them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+from torch.fx import Node
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a graph node by node; containers among arguments are new at each call, and may be changed."""
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> Any:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return plain(args), plain(kwargs)
+
+
+def plain(value: Any) -> Any:
+    """The same with ordinary lists and dicts; a named tuple or a dict with attributes keeps the type of its own."""
+    if isinstance(value, immutable_list) or type(value) is list:
+        return [plain(item) for item in value]
+    if type(value) is tuple:
+        return tuple(plain(item) for item in value)
+    if isinstance(value, immutable_dict) or type(value) is dict:
+        return {key: plain(item) for key, item in value.items()}
+    return value
