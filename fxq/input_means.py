@@ -45,7 +45,8 @@ class InputMeans(nn.Module):
 
     def forward(self, x: Tensor) -> None:
         """Record ``x``: float ``[N, C, *places]``, or without ``N``; for a linear layer ``[N, *, C]``."""
-        if not self.enabled:
+        fits = x.dim() - self.places in (1, 2) or not self.places  # or the layer will say what is wrong
+        if not self.enabled or not fits or not x.numel():
             return
         means = _sample_means(x.detach(), self.places).double()
         # Past nn.Module.__setattr__, which costs as much as the sums.

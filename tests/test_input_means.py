@@ -73,3 +73,10 @@ def test_off_it_records_nothing_and_its_state_can_be_kept():
     other.load_state_dict(copy.deepcopy(means.state_dict()))
     assert torch.equal(other.shrunken(), means.shrunken()) and int(other.samples) == 8
     assert repr(other) == "InputMeans(channels=4, samples=8)"
+
+
+@pytest.mark.parametrize(("places", "shape"), [(0, (3, 0, 4)), (2, (0, 4, 5, 5)), (2, (2, 4, 0, 5)), (2, (8, 8))])
+def test_nothing_and_what_the_layer_will_refuse_is_not_recorded(places, shape):
+    means = InputMeans(4, places)
+    means(values(*shape))
+    assert int(means.samples) == 0 and not means.total.isnan().any()
