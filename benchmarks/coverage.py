@@ -14,10 +14,10 @@ SQNR and cosine compare the output with the float model's; for detection models,
 length each time, the raw output of the head on the feature maps (of the region proposal network where there is one).
 "rounded input" is the SQNR of the float model against itself when nothing but its input is rounded to 8 bits: what the
 model makes of the smallest error any 8-bit model has. That error itself is at about 40 dB. Where the float model
-leaves 30 dB of it or more, it is well conditioned, and a cosine of 0.99 can be asked of its int8 model. Where it leaves
-10 dB or less, any error at all changes everything, and which of two tools is ahead is chance. Seconds are CPU seconds
-to prepare and convert, on one thread. "memory" is the peak of quantize in one call, float model included, less one float
-forward pass, over the float model; what a graph takes, some 20 MiB, weighs more the smaller the model is.
+leaves 30 dB of it or more, it is well conditioned, and a cosine of 0.99 can be asked of its int8 model. Where it
+leaves 10 dB or less, any error at all changes everything, and which of two tools is ahead is chance. Seconds are CPU
+seconds to prepare and convert, on one thread. "memory" is the peak of quantize in one call, float model included, less
+one float forward pass, over the float model; what a graph takes, some 20 MiB, weighs more the smaller the model is.
 
 ".fxq", "TorchScript", "torch.export" (the program as it is), "lowered again" and "ONNX" (in onnxruntime) say whether
 what is written and read again gives equal numbers: those of the packed model, for programs and ONNX those of the
