@@ -98,12 +98,12 @@ class _Planner(Interpreter):
         value = super().run_node(n)
         if n.op.startswith("call_") and isinstance(value, (int, float, bool)):
             self.numbers[n.name] = value
-        spec = self._spec(n, value) if isinstance(value, torch.Tensor) and value.dim() == 4 else None
+        spec = self._spec(n) if isinstance(value, torch.Tensor) and value.dim() == 4 else None
         if spec is not None:
             self._try(n, spec, value)
         return value
 
-    def _spec(self, n: Node, value: torch.Tensor) -> ConvSpec | None:
+    def _spec(self, n: Node) -> ConvSpec | None:
         """What a node computes, if it is a convolution of symmetric weights."""
         args, _ = self.fetch_args_kwargs_from_env(n)
         if n.target is conv_pointwise:
