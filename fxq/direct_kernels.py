@@ -6,7 +6,6 @@ the graph serves one caller at a time; as many are made as callers come at once,
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from fxq.errors import BackendError
 from fxq.graph_module import REFERENCE, QuantModule
 from fxq.int_views import as_quantized, as_uint8
 from fxq.interpreter import Interpreter
+from fxq.lockstep import bound_arguments
 from fxq.onednn import Convolution, ConvolutionCall, ConvSpec, library
 from fxq.passes.find_kernels import int_weight
 
@@ -44,7 +44,7 @@ class DirectModel:
         library()
         planner = _Planner(model)
         with running():
-            planner.run(*planner.arguments(args, kwargs))
+            planner.run(*bound_arguments(model, args, kwargs).values())
         if not planner.found:
             raise BackendError("this model has no convolution that oneDNN can run as it is")
         self._model, self._planner = model, planner
@@ -87,12 +87,6 @@ class _Planner(Interpreter):
         self.found: dict[str, Convolution] = {}
         self.outputs: dict[str, torch.Tensor] = {}
         self.numbers: dict[str, int | float | bool] = {}
-
-    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The inputs in the order of the graph's placeholders."""
-        bound = inspect.signature(self.model.forward).bind(*args, **kwargs)
-        bound.apply_defaults()
-        return list(bound.arguments.values())
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)

@@ -48,7 +48,7 @@ class Walk:
         self.size = len(inputs)
         self._interpreter = fx.Interpreter(module)
         self._observers = set(module.plan.observer_nodes(module.graph))
-        self._inputs = [_bound(module, *copy_inputs(given)) for given in inputs]
+        self._inputs = [bound_arguments(module, *copy_inputs(given)) for given in inputs]
         self._values: dict[Node, list[Any]] = {}
         self._last = _last_reads(module.graph)
 
@@ -242,7 +242,8 @@ def observers_off(prepared: QuantModule) -> Iterator[None]:
             observer.enabled = True  # type: ignore[assignment]
 
 
-def _bound(module: QuantModule, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
+def bound_arguments(module: QuantModule, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
+    """What the parameters of a graph's forward get, by name, in the order of its placeholders."""
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
