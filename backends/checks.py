@@ -16,13 +16,19 @@ from fxq.ops import (
     INSTANCE_NORM,
     INTERPOLATE,
     MATMUL,
+    MAX_POOL1D,
+    MAX_POOL2D,
+    MAX_POOL3D,
     MEAN,
     PAD,
     PRELU,
 )
 from fxq.plan import Reason, TensorFact
+from fxq.qdq import is_quantize
 
 Facts = Mapping[str, TensorFact]
+
+_MAX_POOLS = {op.target for op in (MAX_POOL1D, MAX_POOL2D, MAX_POOL3D)}
 
 NOT_ALL_TENSORS = Reason("options", "joins something other than tensors")
 RANK = Reason("options", "the int8 kernel does not take tensors of this rank")
@@ -114,14 +120,21 @@ def one_slope(node: Node, facts: Facts) -> Reason | None:
     return Reason("wrong-kernel", "torch's int8 prelu rounds a slope a channel to 8 bits, several integers off")
 
 
-def zero_padding(node: Node, facts: Facts) -> Reason | None:
+def padding(node: Node, facts: Facts) -> Reason | None:
     mode, value = PAD.get(node, "mode"), PAD.get(node, "value")
     if mode == "constant" and not value:
         return None
+    if mode == "constant" and value == -math.inf and _only_maxima_of(node):
+        return None  # -inf rounds to the lowest integer, which is the maximum of no window that any value lies in
     fact = facts.get(node.args[0].name) if isinstance(node.args[0], Node) else None
     if mode == "reflect" and fact is not None and len(fact.shape) in (3, 4):
         return None
     return Reason("options", f"no int8 kernel pads with mode={mode!r}, value={value!r}")
+
+
+def _only_maxima_of(node: Node) -> bool:
+    """Whether max pools alone read a node, where it is not quantized yet."""
+    return all(user.target in _MAX_POOLS or is_quantize(user) for user in node.users)
 
 
 def interpolation(node: Node, facts: Facts) -> Reason | None:

@@ -176,7 +176,7 @@ SELECTING = (
         ops.CHUNK, ops.SPLIT, ops.GETITEM, ops.CONTIGUOUS, ops.PIXEL_SHUFFLE,
     )),
     OpRow("max_pool2d", ops.MAX_POOL2D, MaxPool2d(), out=Out.SHARE),
-    OpRow("pad", ops.PAD, Keep(ops.PAD), out=Out.SHARE, check=checks.zero_padding),
+    OpRow("pad", ops.PAD, Keep(ops.PAD), out=Out.SHARE, check=checks.padding),
 )  # fmt: skip
 
 

@@ -356,6 +356,8 @@ SELECTING_CASES = (
     between("pixel_shuffle", "plain", lambda: nn.PixelShuffle(2), 16, 4),
     between("pad", "zero", lambda: nn.ZeroPad2d((1, 0, 2, 1)), other=IMAGES),
     between("pad", "reflect", lambda: nn.ReflectionPad2d(2)),
+    between("pad", "-inf before max_pool", lambda: Fn(
+        lambda x: F.max_pool2d(F.pad(x, (0, 1, 1, 2), value=-float("inf")), 3, 2))),
     between("pad", "crop", lambda: Fn(lambda x: F.pad(x, (-1, 2)))),
     Case("pad", "reflect 1d", lambda: Between(Fn(lambda x: F.pad(x, (2, 1), "reflect")), dims=1), (2, 8, 9)),
 )  # fmt: skip
@@ -615,6 +617,7 @@ REFUSALS = (
     refused("div", "of a number", lambda x: 1 / (x.sigmoid() + 1), "no-kernel"),
     Refusal("prelu", "a slope a channel", lambda: Between(nn.PReLU(8)), "wrong-kernel"),
     refused("pad", "with ones", lambda x: F.pad(x, (1, 1), value=1.0)),
+    refused("pad", "with -inf", lambda x: torch.where((y := F.pad(x, (1, 1), value=-float("inf"))) < -9, 0.0, y)),
     refused("pad", "replicate", lambda x: F.pad(x, (1, 1, 1, 1), "replicate")),
     refused("interpolate", "bicubic", lambda x: F.interpolate(x, scale_factor=2, mode="bicubic")),
     refused("interpolate", "antialias", lambda x: F.interpolate(x, size=5, mode="bilinear", antialias=True)),
