@@ -28,6 +28,7 @@ from fxq.passes.correct_bias import CorrectBias
 from fxq.passes.finish_training import TRAINABLE, FinishTraining
 from fxq.passes.fold_batchnorm import FoldBatchNorm
 from fxq.passes.lower import lower as lower_graph
+from fxq.passes.settle_smoothing import SettleSmoothing
 from fxq.passes.simplify_qdq import SimplifyQDQ
 from fxq.passes.to_reference import ToReference
 from fxq.plan import NEVER_OBSERVED, Stage
@@ -176,8 +177,8 @@ def prepare(
     Args:
         model: in eval mode; left as it is.
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; only their shapes and
-            dtypes matter, except where layers are equalized (``calibration="advanced"`` and ``"max"``) or outlier
-            channels of LayerNorms smoothed (all but ``"simple"``): then they must be real inputs, some dozens.
+            dtypes matter, except where layers are equalized (``calibration="advanced"`` and ``"max"``): then they
+            must be real inputs, some dozens.
         backend, qconfig, exclude, pow2_scales: as for :func:`quantize`.
         calibration: a preset's observers, what it corrects for the rounding of weights, its smoothing and, where
             weights have one scale a tensor, its equalization. Corrections from data come after conversion:
@@ -266,8 +267,7 @@ def _require_data(regions: Iterable[QuantModule]) -> None:
 def _region_to_reference(prepared: QuantModule) -> QuantModule:
     if TRAINABLE in prepared.plan.properties:  # training's end writes to tensors
         return _become_reference(copy_module(prepared))
-    watching = {*prepared.plan.observers.values(), *prepared.plan.input_means.values()}
-    return transformed_copy(prepared, _become_reference, map(prepared.get_submodule, watching))
+    return transformed_copy(prepared, _become_reference, map(prepared.get_submodule, prepared.plan.watching()))
 
 
 def _become_reference(module: QuantModule) -> QuantModule:
@@ -276,7 +276,7 @@ def _become_reference(module: QuantModule) -> QuantModule:
         module.eval().cpu().float()  # it may have trained elsewhere and in another precision
         Pipeline([FinishTraining(training_rows()), FoldBatchNorm(table.dictionary)])(module)
     ops = table.dictionary
-    Pipeline([CorrectBias(ops), ToReference(table, ops), AbsorbClamp(ops), SimplifyQDQ()])(module)
+    Pipeline([SettleSmoothing(ops), CorrectBias(ops), ToReference(table, ops), AbsorbClamp(ops), SimplifyQDQ()])(module)
     module.release_unused()
     module.plan.stage = Stage.REFERENCE
     return module

@@ -230,8 +230,7 @@ def samples_in(batch: Any) -> int:
 @contextlib.contextmanager
 def observers_off(prepared: QuantModule) -> Iterator[None]:
     """The observers of a prepared graph record nothing inside the block."""
-    paths = {*prepared.plan.observers.values(), *prepared.plan.input_means.values()}
-    observers = [prepared.get_submodule(path) for path in paths]
+    observers = [prepared.get_submodule(path) for path in prepared.plan.watching()]
     enabled = [observer for observer in observers if observer.enabled]
     for observer in enabled:
         observer.enabled = False  # type: ignore[assignment]

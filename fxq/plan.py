@@ -128,6 +128,13 @@ class Equalized(NamedTuple):
     scale: tuple[float, ...]
 
 
+class PendingSmoothing(NamedTuple):
+    """Module path of what decides, while calibrating, on the factors of a layer's channels, and who reads these."""
+
+    path: str
+    readers: tuple[str, ...]
+
+
 class Absorbed(NamedTuple):
     """Two layers: the first one's outputs were lowered by ``shift``, which the second one's biases make up for."""
 
@@ -194,6 +201,7 @@ class QuantPlan:
         fixed: groups whose qparams are dictated by a kernel: ``{group: (scale, zero_point)}``.
         observers: module path of each group's observer, while the graph is prepared.
         input_means: module path of what records the mean of a layer's input, by the layer, while it is prepared.
+        smoothings: what is not decided yet about channels, by the layer that writes them, while it is prepared.
         regions: nodes that become one kernel.
         decisions: exactly one for each call node once ``"annotated"``.
         origins: module path and spelling of each node in the user's model.
@@ -220,6 +228,7 @@ class QuantPlan:
     fixed: dict[int, tuple[float, int]] = field(default_factory=dict)
     observers: dict[int, str] = field(default_factory=dict)
     input_means: dict[str, str] = field(default_factory=dict)
+    smoothings: dict[str, PendingSmoothing] = field(default_factory=dict)
     regions: list[Region] = field(default_factory=list)
     decisions: dict[str, Decision] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
@@ -298,6 +307,11 @@ class QuantPlan:
             raise PlanError(f"no decision for {sorted(undecided)[:5]}")
 
     def observer_nodes(self, graph: Graph) -> list[str]:
-        """Names of the nodes that only watch: calls of observers and of what records input means."""
-        paths = {*self.observers.values(), *self.input_means.values()}
+        """Names of the nodes that only watch: calls of :meth:`watching`."""
+        paths = self.watching()
         return [node.name for node in graph.nodes if node.op == "call_module" and node.target in paths]
+
+    def watching(self) -> set[str]:
+        """Module paths of what looks on while calibrating: observers, what records input means, what smooths."""
+        smoothings = (path for path, _ in self.smoothings.values())
+        return {*self.observers.values(), *self.input_means.values(), *smoothings}

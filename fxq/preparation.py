@@ -56,7 +56,6 @@ def prepare_passes(
         FoldBatchNorm(ops, keep_sources=borrow),
         Equalize(config, inputs, ops),
         AbsorbBias(config, inputs, ops),
-        Smooth(config, inputs, ops),
         RewriteScalars(ops),
         Annotate(table, config, ops),
         FloatResiduals(table, ops),
@@ -65,6 +64,7 @@ def prepare_passes(
         ShareQParams(table, ops),
         InsertObservers(table),
         RecordInputMeans(ops),
+        Smooth(config, ops),
     ]
     asked = {
         Equalize: preset.equalize,
@@ -112,7 +112,7 @@ def prepare_model(
 
     Args:
         training: for training with fake quantization instead of calibration.
-        preset: one that equalizes or smooths needs real inputs.
+        preset: one that equalizes needs real inputs.
         borrow: what is prepared reads weights of the model, until :func:`fxq.copying.give_back`.
 
     Raises:

@@ -10,7 +10,8 @@ and bias, and multiplied in the columns of the linears that read it::
 which leaves the float model as it is. With ``s_j = sqrt(max|X_j| / max|W_j|)``, over all linears that read it, both
 get the range ``sqrt(max|X_j| max|W_j|)``: section 4 of Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training
 Quantization for Large Language Models" (arXiv:2211.10438), with a migration strength of one half. ``max|X_j|`` is
-measured on the example inputs, which must therefore be real ones; the result is exact for any.
+measured on the first batch, by a call (:class:`fxq.smoothing.Smoothing`) that divides this batch and changes the
+layers for the others, before any observer has seen it; the result is exact for any.
 
 The projection of the values and that of the output of an attention are such a pair too: the weighted sum between them
 works on each channel by itself.
@@ -24,84 +25,93 @@ Left alone:
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import torch
 from torch.fx import Node
 
 from fxq.aliases import reads_shape
 from fxq.attention import multihead_attention
 from fxq.config import ResolvedConfig
-from fxq.graph_module import QuantModule
+from fxq.graph_module import QuantModule, free_path, get_attribute
 from fxq.ops import CONTIGUOUS, FLATTEN, GETITEM, LAYER_NORM, LINEAR, RESHAPE, TRANSPOSE, Dictionary
-from fxq.partition import Inputs
 from fxq.pass_base import Pass
-from fxq.passes.layer_pairs import Layer, layer_at, store_layers, values_of
-from fxq.passes.layer_weights import count_readers, scale_inputs, scale_outputs
-from fxq.plan import Equalized, Fusion, QuantPlan
+from fxq.passes.layer_weights import constant, count_readers, is_shared
+from fxq.plan import PendingSmoothing, QuantPlan
+from fxq.scaled_weight import ScaledWeight
+from fxq.smoothing import Smoothing
 
-_OUTLIER = 4.0  # times the median of the channels; below, there is nothing to even out
-_LIMIT = 100.0  # of the factors and their inverses
 _VALUE = 2  # position of the values among the arguments of attention
 
 
-@dataclass(frozen=True, eq=False)
-class _Site:
-    """A layer whose output channels can be divided, the node with the channels, and the linears that read these."""
-
-    first: Node
-    channels: Node
-    readers: tuple[Node, ...]
-
-
 class Smooth(Pass):
-    """Outlier channels between a LayerNorm and its linears move into the linears' weights."""
+    """A call behind each LayerNorm whose channels may be evened out, and behind each such projection of values."""
 
-    requires = frozenset({"canonical", "facts"})
-    ensures = frozenset({"smoothed"})
+    requires = frozenset({"observed"})
 
-    def __init__(self, config: ResolvedConfig, inputs: Inputs, ops: Dictionary) -> None:
-        self.config, self.inputs, self.ops = config, inputs, ops
+    def __init__(self, config: ResolvedConfig, ops: Dictionary) -> None:
+        self.config, self.ops = config, ops
 
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
-        if "smoothed" in plan.properties:
+        if plan.smoothings:
             return 0
-        sites = {site.channels: site for site in self._sites(module, plan)}
-        largest = {node: _largest(x) for node, x in values_of(sites.keys(), module, self.inputs)}
-        outlying = [sites[node] for node, values in largest.items() if _has_outliers(values)]
+        self._watching = set(plan.observer_nodes(module.graph))
         readers = count_readers(module)
-        return sum(self._smooth(site, largest[site.channels], module, plan, readers) for site in outlying)
+        for first, linears in list(self._sites(module, plan)):
+            weights, biases = zip(*(self._parameters(node) for node in (first, *linears)), strict=True)
+            dims = [1 if self.ops.op_of(first) is LAYER_NORM else 2, *[2] * len(linears)]
+            changed = [*weights, *filter(None, biases)]
+            if all(_may_change(node, module, readers) for node in changed) and dims == _dims(weights, module):
+                self._insert(first, linears, (weights[0], biases[0], *weights[1:]), module, plan)
+        return len(plan.smoothings)
 
-    def _sites(self, module: QuantModule, plan: QuantPlan) -> Iterator[_Site]:
+    def _sites(self, module: QuantModule, plan: QuantPlan) -> Iterator[tuple[Node, list[Node]]]:
+        """Layers whose output channels can be divided, each with the linears that read these."""
         for node in module.graph.nodes:
-            found = self._first_layer(node)
-            fact = plan.facts.get(found[1].name) if found else None
-            if found is None or fact is None or not fact.is_float32 or not fact.shape:
+            read = self._first_read(node)
+            fact = plan.facts.get(node.name)
+            if read is None or fact is None or not fact.is_float32 or not fact.shape:
                 continue
-            readers = self._readers(found[1], plan)
-            if readers:
-                yield _Site(*found, tuple(readers))
+            linears = self._readers(read, plan)
+            if linears:
+                yield node, linears
 
-    def _first_layer(self, node: Node) -> tuple[Node, Node] | None:
-        """A LayerNorm, twice, or the projection of the values and the context of an attention."""
+    def _first_read(self, node: Node) -> Node | None:
+        """The node whose readers read a layer's channels: a LayerNorm itself, or the context of the attention that
+        gets the values that a linear projects.
+        """
         if self.ops.op_of(node) is LAYER_NORM:
-            return node, node
-        if node.target is not multihead_attention:
+            return node
+        attention = self._only_reader(node) if self.ops.op_of(node) is LINEAR else None
+        if attention is None or attention.target is not multihead_attention:
             return None
-        value = node.args[_VALUE]
-        contexts = [user for user in node.users if user.args[1] == 0]  # the other part is the weights
-        if not isinstance(value, Node) or node.args.count(value) > 1 or len(value.users) > 1:
+        given = attention.args[_VALUE]
+        if attention.args.count(given) > 1 or given not in (node, *node.users):
             return None
-        return (value, contexts[0]) if self.ops.op_of(value) is LINEAR and len(contexts) == 1 else None
+        contexts = [user for user in attention.users if user.args[1] == 0]  # the other part is the weights
+        return contexts[0] if len(contexts) == 1 else None
+
+    def _only_reader(self, node: Node) -> Node | None:
+        found = list(self._users(node))
+        return found[0] if len(found) == 1 else None
+
+    def _users(self, node: Node) -> Iterator[Node]:
+        """Who reads a node, through observers, which are no readers."""
+        for user in node.users:
+            if user.name in self._watching:
+                yield from self._users(user)
+            else:
+                yield user
 
     def _readers(self, node: Node, plan: QuantPlan) -> list[Node] | None:
         """The linears that read the channels of ``node``; ``None`` if anything else does."""
         found: list[Node] = []
-        for user in node.users:
+        for user in self._users(node):
             op = self.ops.op_of(user)
-            if op is LINEAR and user.args[0] is node:
+            if op is LINEAR and self._source(user.args[0]) is node:
                 if self.config.lookup(plan.origin(user.name), LINEAR.name) is None:
                     return None
                 found.append(user)
@@ -113,6 +123,12 @@ class Smooth(Pass):
             elif not reads_shape(user):
                 return None
         return found
+
+    def _source(self, value: object) -> object:
+        """What an argument is, behind observers."""
+        while isinstance(value, Node) and value.name in self._watching:
+            value = value.args[0]
+        return value
 
     def _keeps_channels(self, user: Node, node: Node, plan: QuantPlan) -> bool:
         """Whether an op leaves the last axis as it is, for inputs of any other sizes too."""
@@ -131,52 +147,39 @@ class Smooth(Pass):
             return len(index) < rank and all(type(part) in (int, slice) for part in index)
         return op is CONTIGUOUS
 
-    def _smooth(
-        self, site: _Site, largest: torch.Tensor, module: QuantModule, plan: QuantPlan, readers: Counter[int]
-    ) -> bool:
-        """Scale the layers of one place, if they may be changed."""
-        op = self.ops.op_of(site.first)
+    def _parameters(self, layer: Node) -> tuple[object, object]:
+        """Weight and bias of a layer: ``get_attr`` nodes, anything else where they are not constant."""
+        op = self.ops.op_of(layer)
         assert op is not None
-        first = layer_at(site.first, op, module, plan, readers)
-        found = [layer_at(reader, LINEAR, module, plan, readers) for reader in site.readers]
-        linears = [layer for layer in found if layer is not None and layer.weight.dim() == 2]
-        if first is None or len(linears) < len(found) or first.weight.dim() != (1 if op is LAYER_NORM else 2):
-            return False
-        scale = _scales(largest, torch.stack([layer.weight.abs().amax(0) for layer in linears]).amax(0))
-        first.weight = scale_outputs(first.weight, 1 / scale, first.op, first.node)
-        first.bias = None if first.bias is None else first.bias / scale
-        for linear in linears:
-            linear.weight = scale_inputs(linear.weight, scale, linear.op, linear.node)
-            _record(first, linear, scale, plan)
-        store_layers((first, *linears), module, readers)
-        return True
+        return self._source(op.get(layer, "weight")), self._source(op.get(layer, "bias"))
+
+    def _insert(
+        self, first: Node, linears: list[Node], parameters: tuple[Any, ...], module: QuantModule, plan: QuantPlan
+    ) -> None:
+        path = free_path(module, f"{first.name}_smoothing")
+        module.add_submodule(path, Smoothing())
+        with module.graph.inserting_after(first):
+            call = module.graph.create_node("call_module", path, name=f"{first.name}_smoothing")
+        with module.graph.inserting_before(call):  # reads of its own: those of the layers come later
+            own = [None if node is None else module.graph.get_attr(str(node.target)) for node in parameters]
+        first.replace_all_uses_with(call, delete_user_cb=partial(operator.is_not, call))
+        call.args = (first, *own)
+        plan.smoothings[first.name] = PendingSmoothing(path, tuple(linear.name for linear in linears))
+
+
+def _may_change(node: object, module: QuantModule, readers: Counter[int]) -> bool:
+    """Whether a weight or bias is constant, has memory, and is read by nobody else."""
+    tensor = constant(node, module)
+    if tensor is None or isinstance(tensor, ScaledWeight):
+        return False
+    assert isinstance(node, Node)
+    return not is_shared(node, module, readers)
+
+
+def _dims(weights: tuple[Any, ...], module: QuantModule) -> list[int]:
+    return [get_attribute(module, str(weight.target)).dim() for weight in weights]
 
 
 def _is_other_axis(dim: object, rank: int) -> bool:
     """Whether a number names another axis than the last."""
     return type(dim) is int and dim not in (-1, rank - 1)
-
-
-def _largest(x: torch.Tensor) -> torch.Tensor:
-    """The largest absolute value of each channel, float64 ``[channels]``; empty without any value."""
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, 0)
-    return rows.abs().amax(0).double() if rows.numel() else rows.new_empty(0).double()
-
-
-def _has_outliers(largest: torch.Tensor) -> bool:
-    alive = largest[largest > 0]
-    return alive.numel() > 0 and bool(largest.isfinite().all()) and bool(alive.max() >= _OUTLIER * alive.median())
-
-
-def _scales(activations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``sqrt(activations / weights)`` within limits, geometric mean 1; 1 for channels that are zero in either."""
-    alive = (activations > 0) & (weights > 0)
-    logarithm = torch.where(alive, (activations / weights.clamp(min=1e-300)).clamp(min=1e-300).log() / 2, 0.0)
-    logarithm = torch.where(alive, logarithm - logarithm[alive].mean(), 0.0) if bool(alive.any()) else logarithm
-    return logarithm.exp().clamp(1 / _LIMIT, _LIMIT)
-
-
-def _record(first: Layer, linear: Layer, scale: torch.Tensor, plan: QuantPlan) -> None:
-    plan.equalized.append(Equalized(first.node.name, linear.node.name, tuple(scale.tolist())))
-    detail = f"channels divided by {scale.min():.2g} to {scale.max():.2g}"
-    plan.fusions.append(Fusion("smooth", first.where, linear.where, detail))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from functools import cache
 
 import pytest
@@ -14,7 +16,9 @@ from torch import nn
 import fxq
 from fxq import presets
 from fxq.config import QConfigMapping
+from fxq.errors import CalibrationError
 from fxq.numerics import sqnr
+from fxq.passes.settle_smoothing import SettleSmoothing
 from fxq.passes.smooth import Smooth
 from fxq.plan import Fusion
 from fxq.torchvision_ops import import_torchvision
@@ -39,9 +43,10 @@ def outlying(forward, **parts) -> nn.Module:
 
 
 def smooth(model, x=X, **options):
-    """The module and how many places the pass changed; its output stays equal, and a second run changes nothing."""
+    """The module after its first batch, and how many places were smoothed; outputs stay equal all the way."""
     module, step = before(Smooth, model, x, **options)
-    return module, run_exactly(step, module, x)
+    run_exactly(step, module, x)
+    return module, run_exactly(SettleSmoothing(step.ops), module, x)
 
 
 def largest(module, name, x=X):
@@ -58,7 +63,8 @@ def largest(module, name, x=X):
 
 
 def columns(module, *names):
-    weights = [module.get_parameter(str(node.args[1].target)) for node in module.graph.nodes if node.name in names]
+    observers = [node.args[1] for node in module.graph.nodes if node.name in names]
+    weights = [module.get_parameter(str(observer.args[0].target)) for observer in observers]
     return torch.stack([weight.detach().abs().amax(0) for weight in weights]).amax(0)
 
 
@@ -151,11 +157,11 @@ REFUSED = {
 def test_what_cannot_be_scaled_is_left_alone(name):
     forward, parts = REFUSED[name]
     module, step = before(Smooth, outlying(forward, **parts()), X)
-    text, weights = graph_text(module), {path: value.clone() for path, value in module.state_dict().items()}
+    text, weights = graph_text(module), {path: value.clone() for path, value in module.named_parameters()}
     assert run(step, module) == 0
     assert graph_text(module) == text
-    assert all(torch.equal(value, weights[path]) for path, value in module.state_dict().items())
-    assert not module.plan.equalized
+    assert all(torch.equal(value, weights[path]) for path, value in module.named_parameters())
+    assert not module.plan.smoothings and not module.plan.equalized
     assert not [fusion for fusion in module.plan.fusions if fusion.action == "smooth"]
 
 
@@ -172,11 +178,59 @@ def test_readers_that_stay_float_are_left_alone(excluded):
     assert smooth(outlying(forward, **parts()), qconfig=mapping)[1] == 0
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_inputs_that_tell_nothing(value):
+def test_a_first_batch_that_tells_nothing_is_passed_by():
     model = outlying(lambda m, x: m.a(m.n(x)), n=norm(bias=False), a=nn.Linear(C, 4))
-    module, step = before(Smooth, model, torch.full((2, 3, C), value))
-    assert run(step, module) == 0
+    module, step = before(Smooth, model, X)
+    run(step, module)
+    smoothing = module.get_submodule(module.plan.smoothings["n"].path)
+    for silent in (torch.zeros(2, 3, C), torch.zeros(0, 3, C)):
+        module(silent)
+        assert not smoothing.decided
+    with pytest.raises(CalibrationError, match="NaN"):
+        module(torch.full((2, 3, C), float("nan")))
+    assert not smoothing.decided
+    module(X)
+    assert smoothing.decided and run(SettleSmoothing(step.ops), module) == 1
+
+
+def test_observers_see_the_first_batch_smoothed():
+    """All that is observed is what a model sees that was smoothed before: its example inputs are the same."""
+    forward, parts, _ = FIRES["several"]
+    for model in (outlying(forward, **parts()).eval(), Attention().eval()):
+        prepared = fxq.prepare(model, X)
+        fxq.calibrate(prepared, [X], progress=False)
+        smoothed = copy.deepcopy(prepared)
+        names = [name for name in prepared.plan.observers.values() if prepared.get_submodule(name).enabled]
+        for name in names:
+            smoothed.get_submodule(name).reset()
+        fxq.calibrate(smoothed, [X], progress=False)  # decided already
+        for name in names:
+            once, again = (module.get_submodule(name).range() for module in (prepared, smoothed))
+            torch.testing.assert_close(once, again, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_observed_as_they_are_smoothed():
+    model = outlying(lambda m, x: m.a(m.n(x)), n=norm(), a=nn.Linear(C, 4)).eval()
+    weight = model.a.weight.detach().clone()
+    prepared = fxq.prepare(model, X)
+    fxq.calibrate(prepared, [X], progress=False)
+    reference = fxq.convert_to_reference(prepared)
+    scale = torch.tensor(reference.plan.equalized[0].scale)
+    expected = (weight * scale).abs().amax(1) / 127
+    torch.testing.assert_close(reference.get_buffer("a.weight_scale"), expected, rtol=1e-2, atol=0)
+    assert torch.equal(fxq.convert_to_reference(prepared)(X), reference(X)), "converting changes nothing"
+
+
+def test_a_prepared_model_keeps_what_was_decided():
+    model = outlying(lambda m, x: m.a(m.n(x)), n=norm(), a=nn.Linear(C, 4)).eval()
+    prepared, other = fxq.prepare(model, X), fxq.prepare(model, X)
+    fxq.calibrate(prepared, [X], progress=False)
+    other.load_state_dict(prepared.state_dict())
+    for again in (other, copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+        converted = fxq.convert(again)
+        assert torch.equal(converted(X), fxq.convert(prepared)(X))
+        assert "smooth" in str(fxq.fusion_table(converted))
+    assert torch.equal(model.a.weight, prepared.get_parameter("a.weight")) is False
 
 
 def test_zero_channels_get_no_factor():
@@ -216,8 +270,8 @@ def test_the_projections_of_values_and_output_of_an_attention(options):
     module, count = smooth(Attention(**options).eval())
     assert count == 1
     assert [pair[:2] for pair in module.plan.equalized] == [("attention_v", "attention_out")]
-    context = largest(module, "attention_context")
-    assert context.max() < 8 * context.median()
+    values = largest(module, "attention_v")
+    assert values.max() < 8 * values.median()
 
 
 def test_the_users_model_is_not_modified():
