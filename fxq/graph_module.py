@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from fxq.engine import running
 from fxq.errors import ConfigError, InputError, StageError
+from fxq.outside_reads import Described
 from fxq.pickling import Record, graph_of, records_of
 from fxq.plan import QuantPlan, Stage, TensorFact
 from fxq.state import graph_qparams, misfit, set_state, split_state
@@ -77,6 +78,15 @@ class QuantModule(fx.GraphModule):
         read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         around = {path[:end] for path in called | read for end, letter in enumerate(path) if letter == "."}
         _release(self, "", called, read, around)
+        self.offer_descriptions()
+
+    def offer_descriptions(self) -> None:
+        """Let code around the module ask for what the plan describes, where the tensor itself is not there."""
+        for path, fact in self.plan.described.items() if "fxq" in self.meta else ():
+            if not _taken(self, path):
+                parent, _, name = path.rpartition(".")
+                described = Described(path, torch.Size(fact.shape), fact.dtype)
+                holder_at(self, parent).__dict__[name] = described
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantModule:
         # Packed weights never change, and copying one would pack it again under whatever engine is set.
@@ -260,6 +270,7 @@ def _restored(name: str, records: list[Record], state: dict[str, Any]) -> QuantM
     module = QuantModule(nn.Module(), fx.Graph(), name)
     module.__dict__.update(state)
     module.graph = graph_of(records)
+    module.offer_descriptions()
     return module
 
 

@@ -11,7 +11,7 @@ what is traceable in it becomes regions of their own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +21,10 @@ from torch import nn
 
 from fxq.copying import borrowed, copy_inputs, copy_structure, give_back, only_read, only_reads
 from fxq.errors import ConfigError, FxqError, InputError, StageError, TraceError
-from fxq.graph_module import REFERENCE, QuantModule
+from fxq.graph_module import REFERENCE, QuantModule, get_attribute
 from fxq.macs import counting
-from fxq.outside_reads import watching_reads
-from fxq.plan import EXCLUDED, Stage
+from fxq.outside_reads import Reads, watching_reads
+from fxq.plan import EXCLUDED, Stage, TensorFact
 from fxq.write_guard import WriteGuard, WriteRefused
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -37,12 +37,12 @@ class Recording:
     Attributes:
         seen: inputs of the first call of each submodule with weights.
         macs: multiply-accumulates of convs and linears.
-        read: submodules of which code outside them reads parts.
+        reads: what code outside submodules reads of them.
     """
 
     seen: Mapping[str, Inputs] = field(default_factory=dict)
     macs: Mapping[str, int] = field(default_factory=dict)
-    read: Set[str] = field(default_factory=set)
+    reads: Reads = field(default_factory=Reads)
 
 
 PrepareRegion = Callable[[nn.Module, Inputs, str], QuantModule]
@@ -300,8 +300,8 @@ def recording(model: nn.Module) -> Iterator[Recording]:
 
         handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
     try:
-        with counting(model) as macs, watching_reads(model) as read:
-            yield Recording(seen, macs, read)
+        with counting(model) as macs, watching_reads(model) as reads:
+            yield Recording(seen, macs, reads)
     finally:
         for handle in handles:
             handle.remove()
@@ -355,7 +355,7 @@ class _Search:
     def __init__(
         self, root: nn.Module, found: Recording, left: dict[str, str], prepare_region: PrepareRegion
     ) -> None:
-        self.seen, self.read, self.left, self.prepare_region = found.seen, found.read, left, prepare_region
+        self.seen, self.reads, self.left, self.prepare_region = found.seen, found.reads, left, prepare_region
         self.first_path = {id(module): path for path, module in root.named_modules()}
         self.done: dict[int, tuple[nn.Module, QuantModule | None]] = {}  # with the module, which keeps its id taken
 
@@ -376,11 +376,11 @@ class _Search:
     def _child(self, child: nn.Module, path: str) -> bool:
         self.done[id(child)] = child, None
         inputs = self.seen.get(self.first_path[id(child)])
-        if inputs is None and not self._runs_in_part(child):
+        if self.first_path[id(child)] in self.reads.parts:
+            self.left[path] = "code outside it reads its tensors or submodules"
+        elif inputs is None and not self._runs_in_part(child):
             self.left[path] = "the example inputs do not reach it"
             return False
-        if self.first_path[id(child)] in self.read:
-            self.left[path] = "code outside it reads its tensors or submodules"
         elif inputs is not None:
             try:
                 region = self.prepare_region(child, inputs, path)
@@ -390,12 +390,21 @@ class _Search:
                     return False
             else:
                 region.plan.attributes.update(_plain_attributes(child))
+                region.plan.described.update(self._described(child))
+                region.offer_descriptions()
                 self.done[id(child)] = child, region
                 return True
         found = self.inside(child, path)
         if found:
             self.left.pop(path, None)  # its parts are regions
         return found
+
+    def _described(self, module: nn.Module) -> dict[str, TensorFact]:
+        """The tensors of a module of which code outside asks for descriptions, by their path in it."""
+        prefix = f"{self.first_path[id(module)]}."
+        inside = [path.removeprefix(prefix) for path in self.reads.described if path.startswith(prefix)]
+        tensors = {path: get_attribute(module, path) for path in sorted(inside)}
+        return {path: TensorFact(tuple(t.shape), t.dtype) for path, t in tensors.items()}
 
     def _runs_in_part(self, module: nn.Module) -> bool:
         return any(self.first_path.get(id(part)) in self.seen for part in module.modules())

@@ -213,6 +213,7 @@ class QuantPlan:
         macs: multiply-accumulates of each conv, linear and float module with the example inputs.
         model: class name of the user's model.
         attributes: plain attributes of the user's module, which code around it may read.
+        described: of which tensors code around the module may ask shape and dtype, by path.
         weight_bytes: bytes of the quantized weights as float32 and as integers with their qparams.
         untraceable: reason for each float module inside that could not be traced, by path.
         equalized: layers scaled against each other; comparing with the float model needs to know.
@@ -240,6 +241,7 @@ class QuantPlan:
     macs: dict[str, int] = field(default_factory=dict)
     model: str = ""
     attributes: dict[str, Any] = field(default_factory=dict)
+    described: dict[str, TensorFact] = field(default_factory=dict)
     weight_bytes: tuple[int, int] = (0, 0)
     untraceable: dict[str, str] = field(default_factory=dict)
     equalized: list[Equalized] = field(default_factory=list)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,17 +44,26 @@ def encode_plan(plan: QuantPlan) -> dict[str, Any]:
         "regions": [[r.row, list(r.nodes), list(r.absorbed)] for r in plan.regions],
         "decisions": {name: _encode_decision(decision) for name, decision in plan.decisions.items()},
         "origins": {name: [origin.module_path, origin.kind] for name, origin in plan.origins.items()},
-        "facts": {name: [list(f.shape), str(f.dtype).removeprefix("torch.")] for name, f in plan.facts.items()},
+        "facts": _encode_facts(plan.facts),
         "containers": sorted(plan.containers),
         "fusions": [dataclasses.astuple(fusion) for fusion in plan.fusions],
         "notes": plan.notes,
         "macs": plan.macs,
         "attributes": encode_value(plan.attributes, "(attributes)"),
+        "described": _encode_facts(plan.described),
         "weight_bytes": list(plan.weight_bytes),
         "untraceable": plan.untraceable,
         "equalized": [[first, second, list(scale)] for first, second, scale in plan.equalized],
         "absorbed": [[first, second, list(shift)] for first, second, shift in plan.absorbed],
     }
+
+
+def _encode_facts(facts: Mapping[str, TensorFact]) -> dict[str, Any]:
+    return {name: [list(fact.shape), str(fact.dtype).removeprefix("torch.")] for name, fact in facts.items()}
+
+
+def _decode_facts(record: Mapping[str, Any]) -> dict[str, TensorFact]:
+    return {name: TensorFact(tuple(shape), DTYPES[dtype]) for name, (shape, dtype) in record.items()}
 
 
 def _encode_spec(spec: QuantSpec) -> dict[str, Any]:
@@ -83,12 +93,13 @@ def decode_plan(record: dict[str, Any]) -> QuantPlan:
         regions=[Region(row, tuple(nodes), tuple(absorbed)) for row, nodes, absorbed in record["regions"]],
         decisions={name: _decode_decision(*parts) for name, parts in record["decisions"].items()},
         origins={name: Origin(*parts) for name, parts in record["origins"].items()},
-        facts={name: TensorFact(tuple(shape), DTYPES[dtype]) for name, (shape, dtype) in record["facts"].items()},
+        facts=_decode_facts(record["facts"]),
         containers=set(_list(record["containers"])),
         fusions=[Fusion(*parts) for parts in record["fusions"]],
         notes=_list(record["notes"]),
         macs=dict(record["macs"]),
         attributes=decode_value(record["attributes"], {}),
+        described=_decode_facts(record.get("described", {})),
         weight_bytes=(record["weight_bytes"][0], record["weight_bytes"][1]),
         untraceable=dict(record["untraceable"]),
         equalized=[Equalized(first, second, tuple(scale)) for first, second, scale in record["equalized"]],

@@ -240,6 +240,7 @@ def decode_region(
     module = make_module(plan.model, graph, parts | modules)
     module.graph.lint()
     module.meta["fxq"] = plan
+    module.offer_descriptions()
     return module
 
 

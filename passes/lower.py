@@ -278,11 +278,13 @@ class Lowering:
         self.plan.notes = list(self.old.notes)
         self.plan.model, self.plan.weight_bytes = self.old.model, self.old.weight_bytes
         self.plan.attributes = dict(self.old.attributes)
+        self.plan.described = dict(self.old.described)
         self.plan.untraceable = dict(self.old.untraceable)
         self.plan.containers = set(self.old.containers)
         lowered.meta["fxq"] = self.plan
         lowered.meta[REFERENCE], lowered.meta[BACKEND] = self.reference, self.backend
         lowered.meta[ENGINES] = dict(self.engines)
+        lowered.offer_descriptions()
         lowered.graph.lint()
         self.plan.check(lowered.graph)
         return lowered

@@ -130,10 +130,12 @@ def _quantize_weight(
     first = nodes[next(iter(points))]
     path = str(first.target)
     values = quantize(get_attribute(module, path).detach(), qparams, spec)
-    if any(len(nodes[name].users) > len(slots) for name, slots in points.items()) or _read_elsewhere(
-        first, points, same_tensor
+    if (
+        path in plan.described
+        or any(len(nodes[name].users) > len(slots) for name, slots in points.items())
+        or _read_elsewhere(first, points, same_tensor)
     ):
-        path = free_path(module, f"{path}_int8")  # something else still reads the float tensor
+        path = free_path(module, f"{path}_int8")  # something else still reads the float tensor, or its description
     set_tensor(module, path, values)
     before, after = plan.weight_bytes
     plan.weight_bytes = (before + 4 * values.numel(), after + values.numel() + 8 * qparams.scale.numel())

@@ -555,27 +555,58 @@ def test_a_leaf_inside_a_region_of_a_partition():
 
 
 class ReadsInside(nn.Module):
-    """Reads a weight of a submodule's submodule, and cannot be traced."""
+    """Takes something of a weight of a submodule's submodule, and cannot be traced."""
 
-    def __init__(self):
+    def __init__(self, take):
         super().__init__()
         self.embed = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3))
         self.body = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+        self.take = take
 
     def forward(self, x):
-        x = x.to(self.embed.get_submodule("0").weight.dtype) if x.sum() > -1e9 else x
+        x = self.take(self.embed.get_submodule("0").weight, x) if x.sum() > -1e9 else x
         return self.body(self.embed(x))
 
 
 def test_what_code_outside_reads_is_no_region():
     torch.manual_seed(0)
-    model = ReadsInside().eval()
+    model = ReadsInside(lambda weight, x: x * weight.mean()).eval()
     x = torch.randn(2, 3, 12, 12)
     quantized = quiet(fxq.quantize, model, [x])
     assert set(regions_of(quantized)) == {"embed.1", "body"}
     assert "code outside it reads its tensors or submodules" in fxq.summary(quantized)
     with torch.no_grad():
         assert sqnr(model(x), quantized(x)) > 25
+
+
+def described(weight, x):
+    assert weight.shape == (4, 3, 1, 1) and weight.size(1) == 3 and weight.numel() == 12
+    assert weight.ndim == weight.dim() == 4 and weight.is_floating_point()
+    return x.to(weight.dtype).to(weight.device)
+
+
+def test_what_code_outside_asks_of_a_weight_it_may_ask_of_a_region(tmp_path):
+    torch.manual_seed(0)
+    model, x = ReadsInside(described).eval(), torch.randn(2, 3, 12, 12)
+    prepared = quiet(fxq.prepare, model, x)
+    fxq.calibrate(prepared, [x])
+    reference = fxq.convert_to_reference(prepared)
+    quantized = fxq.lower(reference, "x86")
+    fxq.save(reference, tmp_path / "model.fxq")
+    with torch.no_grad():
+        expected, actual = model(x), quantized(x)
+        for made in (prepared, reference, copy.deepcopy(quantized), fxq.load(tmp_path / "model.fxq", model=model)):
+            assert set(regions_of(made)) == {"embed", "body"}
+            assert sqnr(expected, made(x)) > 25
+    assert sqnr(expected, actual) > 25
+    assert quantized.embed.get_submodule("0").weight.dtype == torch.float32
+
+
+def test_values_that_are_part_of_a_kernel_cannot_be_read():
+    model, x = ReadsInside(described).eval(), torch.randn(2, 3, 12, 12)
+    quantized = quiet(fxq.quantize, model, [x])
+    with pytest.raises(AttributeError, match=r"'0\.weight' is part of an int8 kernel"):
+        quantized.embed.get_submodule("0").weight.mean()
 
 
 class HasStride:
