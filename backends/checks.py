@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch.fx import Node
 
+from fxq.backends.kernels import expand
 from fxq.op_table import Check
 from fxq.ops import (
     AVG_POOL2D,
@@ -58,6 +59,35 @@ def at_least_2d(node: Node, facts: Facts) -> Reason | None:
 
 def wrong_transposed(node: Node, facts: Facts) -> Reason | None:
     return Reason("wrong-kernel", "without the fbgemm engine torch has no right int8 kernel for it")
+
+
+def not_direct_in_fbgemm(node: Node, facts: Facts) -> Reason | None:
+    """A check for transposed convs of images that fbgemm runs right."""
+    if _direct_in_fbgemm(node, facts):
+        return Reason("wrong-kernel", "fbgemm's transposed conv is wrong for kernels of two rows")
+    return rank(4)(node, facts)
+
+
+def direct_in_fbgemm(node: Node, facts: Facts) -> Reason | None:
+    """A check for the transposed convs that fbgemm runs wrong."""
+    return None if _direct_in_fbgemm(node, facts) else RANK
+
+
+def _direct_in_fbgemm(node: Node, facts: Facts) -> bool:
+    """Whether fbgemm takes a path of its own, which gives wrong results: found by trying, with kernels of two rows
+    and up to six columns.
+    """
+    source, result = (facts.get(n.name) if isinstance(n, Node) else None for n in (node.args[0], node))
+    if source is None or result is None or len(source.shape) != 4 or CONV_TRANSPOSE2D.get(node, "groups") != 1:
+        return False
+    names = ("stride", "padding", "output_padding", "dilation")
+    stride, padding, more, dilation = (expand(CONV_TRANSPOSE2D.get(node, name), 2) for name in names)
+    if source.shape[1] % 8 or result.shape[1] % 8 or max(stride) > 2 or any(padding) or dilation != [1, 1]:
+        return False
+    rows, columns = (
+        result.shape[axis] - (source.shape[axis] - 1) * stride[axis - 2] - more[axis - 2] for axis in (2, 3)
+    )
+    return rows == 2 and columns <= 6
 
 
 def one_group(dims: int) -> Check:

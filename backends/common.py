@@ -130,13 +130,23 @@ def fbgemm_transposed(op: ops.Op, dims: int) -> OpRow:
     onednn's takes the input channels for the output channels, so it is wrong unless they are equally many, and
     qnnpack's is wrong in three dimensions. Where fbgemm is missing the node stays float.
     """
-    check = checks.rank(dims + 2) if "fbgemm" in available_engines() else checks.wrong_transposed
+    right = checks.not_direct_in_fbgemm if dims == 2 else checks.rank(dims + 2)
+    check = right if "fbgemm" in available_engines() else checks.wrong_transposed
     return transposed_row(op, dims, Weights.TENSOR | Weights.AFFINE, check, "fbgemm")
+
+
+def transposed_around_fbgemm() -> tuple[OpRow, ...]:
+    """A row for the transposed convs, those of U-Nets among them, that fbgemm runs wrong."""
+    if "qnnpack" not in available_engines():
+        return ()
+    check, name = checks.direct_in_fbgemm, "conv_transpose2d of two rows"
+    return (transposed_row(ops.CONV_TRANSPOSE2D, 2, BOTH, check, "qnnpack", name),)
 
 
 TRANSPOSED_BY_FBGEMM = (
     fbgemm_transposed(ops.CONV_TRANSPOSE1D, 1),
     fbgemm_transposed(ops.CONV_TRANSPOSE2D, 2),
+    *transposed_around_fbgemm(),
     fbgemm_transposed(ops.CONV_TRANSPOSE3D, 3),
 )
 
