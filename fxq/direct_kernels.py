@@ -1,39 +1,49 @@
-"""A lowered graph whose convolutions are calls of oneDNN itself, made beforehand for one shape; see :mod:`fxq.onednn`.
+"""A lowered graph that calls oneDNN itself where it can, made beforehand for one shape; see :mod:`fxq.onednn`.
 
-Everything else runs as in the lowered graph. A convolution writes to memory that is its own for good, so one copy of
-the graph serves one caller at a time; as many are made as callers come at once, and share the primitives and weights.
+:mod:`fxq.direct_plan` finds what a primitive computes; everything else runs as in the lowered graph. Primitives write
+to places in one block of memory, so one copy of the graph serves one caller at a time; as many are made as callers
+come at once, and share the primitives and weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx import Node
 
-from fxq.backends.kernels import conv_pointwise
+from fxq.backends.kernels import conv_pointwise, multiply, narrow_max_pool2d
+from fxq.buffer_plan import ALIGNMENT, Span, place
+from fxq.direct_plan import Planner, Step, integers
 from fxq.engine import running
 from fxq.errors import BackendError
-from fxq.graph_module import REFERENCE, QuantModule
+from fxq.graph_module import QuantModule
 from fxq.int_views import as_quantized, as_uint8
-from fxq.interpreter import Interpreter
 from fxq.lockstep import bound_arguments
-from fxq.onednn import Convolution, ConvolutionCall, ConvSpec, library
-from fxq.passes.find_kernels import int_weight
+from fxq.onednn import library
+from fxq.onednn_primitives import Convolution, PrimitiveCall, dense_strides
 
-_PACKED = {"conv2d": None, "conv2d_relu": "relu"}  # quantized::..., and what follows
+# Kernels whose result is memory of its own. What any other function returns may be a view of what it got.
+_FRESH = {
+    *(getattr(torch.ops.quantized, name) for name in ("linear", "linear_relu", "add", "add_relu", "mul", "cat",
+                                                      "hardswish", "conv2d", "conv2d_relu")),
+    torch.max_pool2d, torch.quantize_per_tensor, torch.Tensor.dequantize, conv_pointwise, multiply, narrow_max_pool2d,
+    as_uint8,
+}  # fmt: skip
 
 
 class DirectModel:
     """A lowered model as a function of inputs like those it was made with; any number of threads may call it.
 
-    Each convolution was compared with torch's kernel on the example inputs: integers differ by one at most, where
-    the two add in another order and the sum lies next to a tie. A kernel that differs by more is not replaced.
+    Each primitive was compared with torch's kernels on the example inputs: integers differ by one at most, where
+    the two add in another order and the sum lies next to a tie, and by half a step of the convolution's own output
+    where a residual sum or a hardswish was taken in. What differs by more is not replaced.
 
     Attributes:
-        convolutions: how many were replaced.
+        convolutions: how many were replaced, linears among them.
 
     Raises:
         MissingDependencyError: without oneDNN's C API.
@@ -42,13 +52,13 @@ class DirectModel:
 
     def __init__(self, model: QuantModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         library()
-        planner = _Planner(model)
+        planner = Planner(model)
         with running():
             planner.run(*bound_arguments(model, args, kwargs).values())
-        if not planner.found:
-            raise BackendError("this model has no convolution that oneDNN can run as it is")
-        self._model, self._planner = model, planner
-        self.convolutions = len(planner.found)
+        self.convolutions = sum(isinstance(step.primitive, Convolution) for step in planner.steps.values())
+        if not self.convolutions:
+            raise BackendError("this model has no convolution or linear that oneDNN can run as it is")
+        self._model, self._steps, self._numbers = model, planner.steps, planner.numbers
         self._idle = [self._copy()]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -61,122 +71,24 @@ class DirectModel:
         finally:
             self._idle.append(run)
 
-    def _copy(self) -> Any:
+    def _copy(self) -> Callable[..., Any]:
         graph = fx.Graph(tracer_cls=self._model.graph._tracer_cls)
         copies: dict[Node, Node] = {}
         graph.output(graph.graph_copy(self._model.graph, copies))
-        _replace(self._planner, copies, library().stream())
+        named = {node.name: copy for node, copy in copies.items()}
+        for name, number in self._numbers.items():
+            _replace_number(named[name], number)
+        steps = {named[name]: step for name, step in self._steps.items()}
+        for node, step in steps.items():
+            sources = [_memory_source(named[name]) for name in step.sources]
+            residual = [] if step.residual is None else [_memory_source(named[step.residual])]
+            node.target = step  # type: ignore[assignment]  # until it has a place in memory
+            node.args, node.kwargs = (*sources, *residual), {}
+        for node, step in steps.items():
+            steps[node] = _typed(node, step)
         graph.eliminate_dead_code()
+        _place_calls(graph, {node: step for node, step in steps.items() if node in set(graph.nodes)})
         return fx.GraphModule(self._model, graph).forward
-
-
-class _Planner(Interpreter):
-    """Runs a lowered graph once, makes a primitive of each convolution and compares the two.
-
-    Attributes:
-        found: primitives, by the name of the node.
-        outputs: an output of each.
-        numbers: values of nodes that are no tensors but numbers, which inputs of one shape fix.
-    """
-
-    def __init__(self, model: QuantModule) -> None:
-        super().__init__(model)
-        self.extra_traceback = False
-        self.model = model
-        self.stream = library().stream()
-        self.found: dict[str, Convolution] = {}
-        self.outputs: dict[str, torch.Tensor] = {}
-        self.numbers: dict[str, int | float | bool] = {}
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n.op.startswith("call_") and isinstance(value, (int, float, bool)):
-            self.numbers[n.name] = value
-        spec = self._spec(n) if isinstance(value, torch.Tensor) and value.dim() == 4 else None
-        if spec is not None:
-            self._try(n, spec, value)
-        return value
-
-    def _spec(self, n: Node) -> ConvSpec | None:
-        """What a node computes, if it is a convolution of symmetric weights."""
-        args, _ = self.fetch_args_kwargs_from_env(n)
-        if n.target is conv_pointwise:
-            return self._pointwise(n, args)
-        name = next((name for name in _PACKED if n.target is getattr(torch.ops.quantized, name)), None)
-        if name is None:
-            return None
-        x, packed, scale, zero_point = args
-        weight, bias = packed.unpack()
-        per_channel = weight.qscheme() is not torch.per_tensor_affine
-        zero_points = weight.q_per_channel_zero_points() if per_channel else torch.tensor(weight.q_zero_point())
-        if zero_points.any() or not x.numel():
-            return None
-        scales = weight.q_per_channel_scales() if per_channel else torch.tensor([weight.q_scale()])
-        geometry = packed.stride(), packed.padding(), packed.dilation(), packed.groups()
-        own = x.q_scale(), x.q_zero_point()
-        return ConvSpec(weight.int_repr(), scales, bias, *geometry, own, (scale, zero_point), _PACKED[name])
-
-    def _pointwise(self, n: Node, args: tuple[Any, ...]) -> ConvSpec | None:
-        _, scale, zero_point, _, scales, _, bias, stride, padding, dilation, groups, *out, activation = args
-        region = next(r for r in self.reference.plan.regions if n.name in (*r.nodes, *r.absorbed))
-        root = next(node for node in self.reference.graph.nodes if node.name == region.nodes[0])
-        weight = int_weight(self.reference, root.args[1])
-        geometry = stride, padding, dilation, groups
-        return ConvSpec(weight.values, scales, bias, *geometry, (scale, zero_point), (out[0], out[1]), activation)
-
-    @property
-    def reference(self) -> QuantModule:
-        found: QuantModule = self.model.meta[REFERENCE]
-        return found
-
-    def _try(self, n: Node, spec: ConvSpec, expected: torch.Tensor) -> None:
-        (x, *_), _ = self.fetch_args_kwargs_from_env(n)
-        convolution = Convolution(spec, (x.shape, expected.shape))
-        actual = ConvolutionCall(convolution, _memory_like(expected), self.stream)(x)
-        difference = (_integers(actual).int() - _integers(expected).int()).abs().max()
-        if difference <= 1:
-            self.found[n.name], self.outputs[n.name] = convolution, expected
-
-
-def _integers(x: torch.Tensor) -> torch.Tensor:
-    return x.int_repr() if x.is_quantized else x
-
-
-def _memory_like(x: torch.Tensor) -> torch.Tensor:
-    """A tensor of the kind of ``x``, in channels_last."""
-    if not x.is_quantized:
-        return torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
-    scale, zero_point, order = x.q_scale(), x.q_zero_point(), torch.channels_last
-    return torch._empty_affine_quantized(
-        x.shape, scale=scale, zero_point=zero_point, dtype=x.dtype, memory_format=order
-    )
-
-
-def _replace(planner: _Planner, copies: Mapping[Node, Node], stream: Any) -> None:
-    """Let a copy of the graph call the primitives, each with memory of its own."""
-    fixed: dict[Node, torch.Tensor] = {}  # outputs that are the same tensor at each call
-    for node, copy in copies.items():
-        if node.name in planner.found:
-            fixed[copy] = _replace_convolution(copy, node.name, planner, fixed, stream)
-        elif node.name in planner.numbers:
-            _replace_number(copy, planner.numbers[node.name])
-
-
-def _replace_convolution(
-    node: Node, name: str, planner: _Planner, fixed: Mapping[Node, torch.Tensor], stream: Any
-) -> torch.Tensor:
-    source: Any = node.args[0]
-    if source.target is as_uint8:  # a primitive reads the memory, of whatever kind the tensor is
-        source = source.args[0]
-    wrapped = [user for user in node.users if user.target is as_quantized]
-    like = planner.outputs[name]
-    if wrapped:  # the same memory as a quantized tensor, made once
-        like = as_quantized(like, *wrapped[0].args[1:])  # type: ignore[arg-type]
-        for user in wrapped:
-            user.replace_all_uses_with(node)
-    call = ConvolutionCall(planner.found[name], _memory_like(like), stream, fixed.get(source))
-    node.target, node.args, node.kwargs = call, (source,), {}
-    return call.out
 
 
 def _replace_number(node: Node, number: float) -> None:
@@ -186,3 +98,98 @@ def _replace_number(node: Node, number: float) -> None:
 
 def _or(number: float, node: Node, source: Node) -> Node | float:
     return number if source is node else source
+
+
+def _memory_source(node: Node) -> Any:
+    """The node whose memory holds the integers: a primitive reads them of whatever kind the tensor is."""
+    return node.args[0] if node.target is as_uint8 else node
+
+
+def _typed(node: Node, step: Step) -> Step:
+    """The same step, with a quantized tensor as its output if that is how all its readers want it."""
+    views = [user for user in node.users if user.target is as_quantized]
+    if not views or any(user not in views and not isinstance(user.target, Step) for user in node.users):
+        return step
+    for view in views:
+        view.replace_all_uses_with(node)
+    _, scale, zero_point = views[0].args
+    return step._replace(qparams=(scale, zero_point))  # type: ignore[arg-type]
+
+
+def _place_calls(graph: fx.Graph, steps: Mapping[Node, Step]) -> None:
+    """Give every step its place in memory and make it a call."""
+    homes = _homes(graph, steps)
+    spans = {home: Span(*span, math.prod(steps[home].shape)) for home, span in _lifetimes(graph, homes).items()}
+    offsets, size = place(list(spans.values()))
+    arena = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+    start = -arena.data_ptr() % ALIGNMENT
+    places = dict(zip(spans, offsets, strict=True))
+    scratchpad = torch.empty(max(step.primitive.scratchpad for step in steps.values()), dtype=torch.uint8)
+    outputs: dict[Node, torch.Tensor] = {}
+    stream = library().stream()
+    for node in (node for node in graph.nodes if node in steps):
+        step = steps[node]
+        outputs[node] = out = _view(arena, start + places[homes[node]], step)
+        count = len(step.sources)
+        fixed = [outputs.get(source) for source in node.args[:count]]
+        call = PrimitiveCall(step.primitive, out, stream, fixed, scratchpad)
+        moved = step.residual is not None and homes[node] is node
+        node.target = _AddTo(call, _view(arena, start + places[node], step._replace(qparams=None))) if moved else call
+
+
+def _view(arena: torch.Tensor, offset: int, step: Step) -> torch.Tensor:
+    """A part of the memory as the output of a step."""
+    strides = dense_strides(step.shape)
+    if step.qparams is None:
+        return arena.as_strided(step.shape, strides, offset)
+    scale, zero_point = step.qparams
+    empty = torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=torch.quint8)
+    return empty.set_(arena.untyped_storage(), offset, step.shape, strides)
+
+
+class _AddTo:
+    """A convolution that adds to what lies in its output, where the residual lies somewhere else: it is copied."""
+
+    def __init__(self, call: PrimitiveCall, memory: torch.Tensor) -> None:
+        self.__name__ = call.__name__
+        self._call, self._memory = call, memory
+
+    def __call__(self, *sources: torch.Tensor) -> torch.Tensor:
+        *inputs, residual = sources
+        self._memory.copy_(integers(residual))
+        return self._call(*inputs)
+
+
+def _homes(graph: fx.Graph, steps: Mapping[Node, Step]) -> dict[Node, Node]:
+    """For each step the one whose place it takes: its own, or that of the residual it is the last to read."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    last = _last_reads(graph, order)
+    homes: dict[Node, Node] = {}
+    for node in (node for node in graph.nodes if node in steps):
+        *sources, residual = node.args
+        takes_over = steps[node].residual is not None and residual in steps and residual not in sources
+        homes[node] = homes[residual] if takes_over and last[residual] == order[node] else node
+    return homes
+
+
+def _lifetimes(graph: fx.Graph, homes: Mapping[Node, Node]) -> dict[Node, tuple[int, int]]:
+    """First and last step at which each place is in use."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    last = _last_reads(graph, order)
+    found: dict[Node, tuple[int, int]] = {}
+    for node, home in homes.items():
+        start, end = found.get(home, (order[node], last[node]))
+        found[home] = min(start, order[node]), max(end, last[node])
+    return found
+
+
+def _last_reads(graph: fx.Graph, order: Mapping[Node, int]) -> dict[Node, int]:
+    """When each node's memory is read for the last time, through views of it too; results are read after the end."""
+    last: dict[Node, int] = {}
+    for node in reversed(graph.nodes):
+        reads = [order[node]]
+        for user in node.users:
+            own = user.op == "call_function" and (isinstance(user.target, Step) or user.target in _FRESH)
+            reads.append(order[user] if own else last[user])
+        last[node] = max(reads)
+    return last

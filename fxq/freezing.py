@@ -66,9 +66,12 @@ def freeze(qmodel: nn.Module, example_inputs: Any, *, form: str | None = None) -
     ``"torchscript"``: the graph of kernels is recorded once, with every shape, scale and packed weight a constant in
     it, and runs without Python. The numbers are those of ``qmodel`` bit for bit.
 
-    ``"onednn"``: convolutions become primitives that write to memory of their own and are called without torch
-    (:mod:`fxq.direct_kernels`); needs ``pip install "fxq[onednn]"``. Each of them gives the same integers as torch's
-    kernel but for ties, where it may be one more or less; everything else is the same.
+    ``"onednn"``: convolutions, linears, pools and gates become primitives that are called without torch and write to
+    one block of memory, whose parts are used again (:mod:`fxq.direct_kernels`); needs ``pip install "fxq[onednn]"``.
+    Each of them gives the same integers as torch's kernel but for ties, where it may be one more or less. A residual
+    sum or hardswish is computed in the accumulator of the convolution before it, which is more exact: the rounding
+    between them, by half a step of that convolution's output, and the clipping to its calibrated range are gone.
+    Everything else is the same.
 
     Args:
         qmodel: lowered, from :func:`fxq.quantize`, ``convert``, ``lower`` or ``load``; unchanged.
@@ -83,7 +86,7 @@ def freeze(qmodel: nn.Module, example_inputs: Any, *, form: str | None = None) -
 
     Raises:
         StageError: if ``qmodel`` is not lowered, or calls a module that decides by the values it is given.
-        BackendError: if torch's frozen graph gives other numbers, or if no convolution can be called directly.
+        BackendError: if torch's frozen graph gives other numbers, or if no layer can be called directly.
         ConfigError: for an unknown form.
         MissingDependencyError: for ``"onednn"`` if it is not installed.
 

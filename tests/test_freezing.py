@@ -76,10 +76,17 @@ def test_other_layouts_and_shapes(form: str) -> None:
         torch.randn(2, 3, 24, 24),
         torch.randn(2, 3, 24, 24).transpose(2, 3),
         torch.randn(2, 3, 24, 1).expand(2, 3, 24, 24),
-        torch.randn(1, 3, 24, 24),
-        torch.randn(2, 3, 17, 40),
     ):
+        found = frozen(x)
+        assert torch.equal(found, frozen(x.contiguous(memory_format=torch.channels_last)))
+        assert (found - qmodel(x)).abs().max() <= (0 if form == "torchscript" else 3 * step(qmodel))
+    for x in (torch.randn(1, 3, 24, 24), torch.randn(2, 3, 17, 40)):
         assert torch.equal(frozen(x), qmodel(x))
+
+
+def step(qmodel: nn.Module) -> float:
+    """Of the integers that the output was."""
+    return float(next(k.scale for name, k in reversed(qmodel.plan.kernels.items()) if k.name.startswith("quantized")))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -102,11 +109,12 @@ def test_results_are_ordinary_tensors(form: str) -> None:
     assert weight.grad is not None and not result.is_inference()
 
 
-def test_structured_inputs_and_results() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_structured_inputs_and_results(form: str) -> None:
     torch.manual_seed(0)
     inputs = {"x": torch.randn(3, 4), "other": torch.randn(3, 4)}
     qmodel = fxq.quantize(Structured().eval(), [inputs], progress=False)
-    frozen = fxq.freeze(qmodel, inputs)
+    frozen = fxq.freeze(qmodel, inputs, form=form)
     other = {"x": torch.randn(3, 4), "other": torch.randn(3, 4)}
     for found, expected in ((frozen(**other), qmodel(**other)), (frozen(**inputs), qmodel(**inputs))):
         assert found["kind"] == "scores" and found["none"] is None and isinstance(found["both"], tuple)

@@ -1,0 +1,272 @@
+"""Which nodes of a lowered graph a primitive of oneDNN computes, found out by running the graph once.
+
+A convolution takes in the residual sum or hardswish that follows it, if nothing else reads it: there is then no
+rounding, and no clipping to the calibrated range, between the two. Every primitive is compared with torch's kernels
+on the example inputs before it is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from fxq.backends.kernels import conv_pointwise, multiply, narrow_max_pool2d
+from fxq.graph_module import REFERENCE, QuantModule
+from fxq.interpreter import Interpreter
+from fxq.onednn import library
+from fxq.onednn_primitives import Convolution, ConvSpec, Gate, GateSpec, Pool, PoolSpec, Primitive, PrimitiveCall, dense
+from fxq.passes.find_kernels import int_weight
+
+_QUANTIZED = torch.ops.quantized
+_Kernels = Mapping[Any, str | None]  # and the activation of each
+_PACKED: _Kernels = {_QUANTIZED.conv2d: None, _QUANTIZED.conv2d_relu: "relu"}
+_LINEAR: _Kernels = {_QUANTIZED.linear: None, _QUANTIZED.linear_relu: "relu"}
+_PACKED_ADD: _Kernels = {_QUANTIZED.conv2d_add: None, _QUANTIZED.conv2d_add_relu: "relu"}
+_ADD: _Kernels = {_QUANTIZED.add: None, _QUANTIZED.add_relu: "relu"}
+_Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, padding, dilation, groups
+_GATE_PAYS = 64  # channels; of fewer, torch's product of whole rows takes less time
+
+
+class Step(NamedTuple):
+    """A primitive and what it stands for.
+
+    Attributes:
+        primitive: with one output of uint8.
+        sources: names of the nodes it reads.
+        residual: name of the node that is added; it is to lie where the output will.
+        shape: of the output, channels_last.
+        qparams: scale and zero_point of the output as a quint8 tensor; ``None`` for a plain uint8 one.
+    """
+
+    primitive: Primitive
+    sources: tuple[str, ...]
+    residual: str | None
+    shape: tuple[int, ...]
+    qparams: tuple[float, int] | None
+
+
+class Planner(Interpreter):
+    """Runs a lowered graph once and makes the primitives.
+
+    Attributes:
+        steps: by the name of the node whose value a primitive gives.
+        numbers: values of nodes that are no tensors but numbers, which inputs of one shape fix.
+    """
+
+    def __init__(self, model: QuantModule) -> None:
+        super().__init__(model)
+        self.extra_traceback = False
+        self.model = model
+        self.stream = library().stream()
+        self.steps: dict[str, Step] = {}
+        self.numbers: dict[str, int | float | bool] = {}
+        self._overwritten: torch.Tensor | None = None
+
+    @property
+    def reference(self) -> QuantModule:
+        found: QuantModule = self.model.meta[REFERENCE]
+        return found
+
+    def run_node(self, n: Node) -> Any:
+        if n.target in _PACKED_ADD:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            self._overwritten = args[1].clone()
+        value = super().run_node(n)
+        if n.op.startswith("call_") and isinstance(value, (int, float, bool)):
+            self.numbers[n.name] = value
+        elif isinstance(value, torch.Tensor) and value.dim() in (2, 4) and value.numel() and n.name not in self.steps:
+            make = _MAKERS.get(n.target)
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            if make is not None and args[0].numel():
+                make(self, n, args, value)
+        return value
+
+    # -- one method for each kind of kernel, called with the node, its arguments and its value
+
+    def packed_convolution(self, n: Node, args: tuple[Any, ...], value: torch.Tensor) -> None:
+        x, packed, *_ = args
+        spec = _packed_spec(x, packed, _qparams(value), _PACKED[n.target])
+        if spec is None or self._with_tail(n, args, value, spec):
+            return
+        self._take(n, Convolution(spec, x.shape, value.shape), (n.args[0],), (x,), _Expected(value))
+
+    def packed_convolution_add(self, n: Node, args: tuple[Any, ...], value: torch.Tensor) -> None:
+        x, _, packed, *_ = args
+        residual, self._overwritten = self._overwritten, None  # the kernel gave its own scale to the tensor, too
+        spec = _packed_spec(x, packed, _qparams(value), _PACKED_ADD[n.target])
+        if spec is not None and residual is not None and n.args[0] is not n.args[1]:
+            spec = spec._replace(residual=_qparams(residual))
+            expected = _Expected(value, residual=residual)
+            self._take(n, Convolution(spec, x.shape, value.shape), (n.args[0],), (x,), expected, n.args[1])
+
+    def linear(self, n: Node, args: tuple[Any, ...], value: torch.Tensor) -> None:
+        """A convolution of images of one pixel."""
+        x, packed, *_ = args
+        pixel: _Geometry = (1, 1), (0, 0), (1, 1), 1
+        spec = _spec(packed, pixel, _qparams(x), _qparams(value), _LINEAR[n.target])
+        if spec is not None and x.dim() == 2:
+            self._take(n, Convolution(spec, x.shape, value.shape), (n.args[0],), (x,), _Expected(value))
+
+    def plain_convolution(self, n: Node, args: tuple[Any, ...], value: torch.Tensor) -> None:
+        x, scale, zero_point, _, scales, _, bias, *geometry, activation = args
+        *geometry, out_scale, out_zero_point = geometry
+        region = next(r for r in self.reference.plan.regions if n.name in (*r.nodes, *r.absorbed))
+        root = next(node for node in self.reference.graph.nodes if node.name == region.nodes[0])
+        weight = int_weight(self.reference, root.args[1]).values
+        stride, padding, dilation, groups = geometry
+        qparams = (scale, zero_point), (out_scale, out_zero_point)
+        spec = ConvSpec(weight, scales, bias, stride, padding, dilation, groups, *qparams, activation)
+        self._take(n, Convolution(spec, x.shape, value.shape), (n.args[0],), (x,), _Expected(value))
+
+    def max_pool(self, n: Node, args: tuple[Any, ...], value: torch.Tensor) -> None:
+        """torch's kernel takes less time, but for images of few channels and for residuals, which should lie here."""
+        x, size, stride, padding, dilation, _ = args
+        pays = n.target is narrow_max_pool2d or any(user.target in _ADD for user in n.users)
+        if pays and x.dtype == torch.quint8 and set(dilation) == {1}:
+            self._take_pool(n, x, value, PoolSpec(False, size, stride, padding))
+
+    def average(self, n: Node, args: tuple[Any, ...], value: torch.Tensor) -> None:
+        x = args[0]
+        if x.dtype == torch.quint8 and value.shape[2:] == (1, 1):
+            self._take_pool(n, x, value, PoolSpec(True, x.shape[2:], x.shape[2:], (0, 0)))
+
+    def gate(self, n: Node, args: tuple[Any, ...], value: torch.Tensor) -> None:
+        (x, image), (factor, gate) = sorted(zip(args[:2], n.args[:2], strict=True), key=lambda pair: -pair[0].numel())
+        fits = x.dim() == 4 and factor.shape == (*x.shape[:2], 1, 1) and x.shape[1] >= _GATE_PAYS
+        if fits and factor.q_zero_point() == 0:
+            spec = GateSpec(_qparams(x), _qparams(factor), _qparams(value))
+            self._take(n, Gate(spec, x.shape), (image, gate), (x, factor), _Expected(value))
+
+    def _take_pool(self, n: Node, x: torch.Tensor, value: torch.Tensor, spec: PoolSpec) -> None:
+        self._take(n, Pool(spec, x.shape, value.shape), (n.args[0],), (x,), _Expected(value))
+
+    # -- what follows a convolution
+
+    def _with_tail(self, n: Node, args: tuple[Any, ...], value: torch.Tensor, spec: ConvSpec) -> bool:
+        """Take a convolution together with its only reader, if that can be; returns whether it was."""
+        tail = next(iter(n.users))
+        kernel = self.model.plan.kernels.get(n.name)
+        clips = kernel is None or bool(kernel.fused)  # what it absorbed would be missing between the two
+        if len(n.users) > 1 or clips or spec.activation is not None or tail.all_input_nodes.count(n) > 1:
+            return False
+        if tail.target is _QUANTIZED.hardswish:
+            _, scale, zero_point = tail.args
+            whole = spec._replace(output=(scale, zero_point), activation="hardswish")  # type: ignore[arg-type]
+            expected = _Expected(_QUANTIZED.hardswish(value, scale, zero_point), between=value, slope=1.5)
+            return self._take(tail, Convolution(whole, args[0].shape, value.shape), (n.args[0],), (args[0],), expected)
+        return tail.target in _ADD and self._with_residual(n, tail, args[0], value, spec)
+
+    def _with_residual(self, n: Node, tail: Node, x: torch.Tensor, value: torch.Tensor, spec: ConvSpec) -> bool:
+        first, second, scale, zero_point = tail.args
+        other: Any = second if first is n else first
+        residual = self.env.get(other)
+        if other is n or residual is None or residual.shape != value.shape:
+            return False
+        out: Any = scale, zero_point
+        whole = spec._replace(output=out, activation=_ADD[tail.target], residual=_qparams(residual))
+        result = tail.target(value, residual, scale, zero_point)  # type: ignore[operator]
+        expected = _Expected(result, residual=residual, between=value)
+        return self._take(tail, Convolution(whole, x.shape, value.shape), (n.args[0],), (x,), expected, other)
+
+    def _take(
+        self,
+        n: Node,
+        primitive: Primitive,
+        sources: tuple[Any, ...],
+        values: tuple[torch.Tensor, ...],
+        expected: _Expected,
+        residual: Any = None,
+    ) -> bool:
+        """Take a primitive for a node, if its integers are those of torch's kernels."""
+        out = dense(torch.empty(expected.value.shape, dtype=torch.uint8))
+        if expected.residual is not None:
+            out.copy_(integers(expected.residual))
+        found = PrimitiveCall(primitive, out, self.stream)(*values)
+        if not expected.agrees(found):
+            return False
+        qparams = _qparams(expected.value) if expected.value.is_quantized else None
+        names = tuple(source.name for source in sources)
+        shape = tuple(expected.value.shape)
+        self.steps[n.name] = Step(primitive, names, None if residual is None else residual.name, shape, qparams)
+        return True
+
+
+class _Expected(NamedTuple):
+    """What a primitive has to give.
+
+    Attributes:
+        value: of torch's kernels.
+        residual: what is added.
+        between: the value after the convolution alone, of which the primitive keeps more than 8 bits.
+        slope: how much faster than its input what follows grows at most.
+    """
+
+    value: torch.Tensor
+    residual: torch.Tensor | None = None
+    between: torch.Tensor | None = None
+    slope: float = 1.0
+
+    def agrees(self, found: torch.Tensor) -> bool:
+        """Whether integers differ by one at most, and by what the rounding between amounts to.
+
+        Where the value between is the smallest or largest integer, it may have been clipped: these are left out.
+        """
+        difference = (found.int() - integers(self.value).int()).abs()
+        if self.between is None:
+            return bool((difference <= 1).all())
+        between = integers(self.between)
+        inside = (between > 0) & (between < 255)
+        rounding = self.slope * self.between.q_scale() / self.value.q_scale() / 2
+        return bool((difference <= 1 + math.floor(rounding))[inside].all())
+
+
+_MAKERS: Mapping[Any, Callable[[Planner, Node, tuple[Any, ...], torch.Tensor], None]] = {
+    **dict.fromkeys(_PACKED, Planner.packed_convolution),
+    **dict.fromkeys(_PACKED_ADD, Planner.packed_convolution_add),
+    conv_pointwise: Planner.plain_convolution,
+    **dict.fromkeys(_LINEAR, Planner.linear),
+    **dict.fromkeys((torch.max_pool2d, narrow_max_pool2d), Planner.max_pool),
+    F.adaptive_avg_pool2d: Planner.average,
+    multiply: Planner.gate,
+}
+
+
+def integers(x: torch.Tensor) -> torch.Tensor:
+    """A quantized tensor's integers, or the tensor."""
+    return x.int_repr() if x.is_quantized else x
+
+
+def _qparams(x: torch.Tensor) -> tuple[float, int]:
+    return x.q_scale(), x.q_zero_point()
+
+
+def _packed_spec(
+    x: torch.Tensor, packed: Any, output: tuple[float, int], activation: str | None
+) -> ConvSpec | None:
+    """What a packed convolution computes."""
+    geometry: _Geometry = packed.stride(), packed.padding(), packed.dilation(), packed.groups()
+    return _spec(packed, geometry, _qparams(x), output, activation)
+
+
+def _spec(
+    packed: Any,
+    geometry: _Geometry,
+    source: tuple[float, int],
+    output: tuple[float, int],
+    activation: str | None,
+) -> ConvSpec | None:
+    """What a layer of a packed weight computes, if that is symmetric."""
+    weight, bias = packed.unpack()
+    per_channel = weight.qscheme() is not torch.per_tensor_affine
+    zero_points = weight.q_per_channel_zero_points() if per_channel else torch.tensor(weight.q_zero_point())
+    if zero_points.any():
+        return None
+    scales = weight.q_per_channel_scales() if per_channel else torch.tensor([weight.q_scale()])
+    values = weight.int_repr()
+    values = values.reshape(*values.shape, 1, 1) if values.dim() == 2 else values
+    return ConvSpec(values, scales, bias, *geometry, source, output, activation)
