@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ _READING = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
     nn.MultiheadAttention, NonDynamicallyQuantizableLinear,
 )  # fmt: skip
+_TABLES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (dict, list, set, OrderedDict)
 
 
@@ -40,8 +41,8 @@ def copy_structure(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return memo[id(module)]  # type: ignore[no-any-return]
     clone = object.__new__(type(module))
     memo[id(module)] = memo[id(clone)] = clone
-    clone.__dict__ = {name: _copy_attribute(value, memo) for name, value in vars(module).items()}
-    for table in ("_parameters", "_buffers"):
+    clone.__dict__ = {n: _copy_attribute(value, memo) for n, value in vars(module).items() if n not in _TABLES}
+    for table in _TABLES[:2]:
         tensors = {name: t if t is None else copy_tensor(t, memo) for name, t in getattr(module, table).items()}
         clone.__dict__[table] = tensors
     clone.__dict__["_modules"] = {
@@ -51,10 +52,33 @@ def copy_structure(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _copy_attribute(value: Any, memo: dict[int, Any]) -> Any:
-    """Containers are copied, and tensors in lists, as recurrent layers keep them."""
+    """Containers are copied, and what they hold of tensors, as recurrent layers keep them, and of modules, as models do
+    that call their parts in another order than they registered them.
+    """
     if isinstance(value, list):
-        return [copy_tensor(item, memo) if isinstance(item, torch.Tensor) else item for item in value]
+        return [_copy_item(item, memo) for item in value]
+    if type(value) is tuple:
+        return tuple(_copy_item(item, memo) for item in value)
+    if type(value) is dict:
+        return {key: _copy_item(item, memo) for key, item in value.items()}
     return copy_container(value)
+
+
+def _copy_item(item: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(item, torch.Tensor):
+        return copy_tensor(item, memo)
+    return copy_structure(item, memo) if isinstance(item, nn.Module) else item
+
+
+def replace_listed(module: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
+    """Let the lists, tuples and dicts of a module's attributes hold modules of ``replaced``, by the ``id`` of the
+    modules whose places these took.
+    """
+    for name, value in vars(module).items():
+        if type(value) in (list, tuple) and any(id(item) in replaced for item in value):
+            vars(module)[name] = type(value)(replaced.get(id(item), item) for item in value)
+        elif type(value) is dict and name not in _TABLES and any(id(item) in replaced for item in value.values()):
+            vars(module)[name] = {key: replaced.get(id(item), item) for key, item in value.items()}
 
 
 def copy_tensor(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:

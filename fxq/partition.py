@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxq.copying import borrowed, copy_inputs, copy_structure, give_back, only_read, only_reads
+from fxq.copying import borrowed, copy_inputs, copy_structure, give_back, only_read, only_reads, replace_listed
 from fxq.errors import ConfigError, FxqError, InputError, StageError, TraceError
 from fxq.graph_module import REFERENCE, QuantModule, get_attribute
 from fxq.macs import counting
@@ -239,7 +239,9 @@ def prepare_partition(
     found = _recorded(model, inputs)
     clone = copy_structure(model, _lent(model) if borrow else {}).eval()
     left: dict[str, str] = {}
-    _Search(clone, found, left, prepare_region).inside(clone, "")
+    search = _Search(clone, found, left, prepare_region)
+    search.inside(clone, "")
+    search.replace_listed_in(clone)
     regions = [path for path, module in clone.named_modules() if isinstance(module, QuantModule)]
     if not regions:
         raise reason
@@ -340,6 +342,7 @@ def prepare_leaves(
         remain = sum(count for part, count in inside.items() if not f"{part}.".startswith(done))
         for name in nodes:
             plan.macs[name] = plan.macs[name] * remain // max(sum(inside.values()), 1)
+        search.replace_listed_in(leaf)
     plan.untraceable.update(left)
 
 
@@ -372,6 +375,13 @@ class _Search:
             if region is not None:
                 setattr(module, name, region)
         return found
+
+    def replace_listed_in(self, module: nn.Module) -> None:
+        """Let lists of a module and of those inside hold the regions too, as modules may be called from there."""
+        replaced = {key: region for key, (_, region) in self.done.items() if region is not None}
+        for part in module.modules():
+            if not isinstance(part, QuantModule):
+                replace_listed(part, replaced)
 
     def _child(self, child: nn.Module, path: str) -> bool:
         self.done[id(child)] = child, None

@@ -683,3 +683,39 @@ def test_a_lowered_model_keeps_its_reference() -> None:
     assert reference_of(reference) is reference
     with pytest.raises(StageError, match="prepared"):
         reference_of(prepared)
+
+
+class Listed(nn.Module):
+    """Calls its parts from a plain list, a tuple and a dict, in another order than it registers them."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)]
+        for number, layer in enumerate(layers):
+            self.add_module(f"layer{number}", layer)
+        self.reverse, self.pair, self.named = [layers[2]], (layers[0], layers[1]), {"last": layers[3]}
+
+    def forward(self, x):
+        for layer in (*self.reverse, *self.pair, self.named["last"]):
+            x = layer(x).relu() if x.sum() < 1e9 else x
+        return x
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_parts_that_are_called_from_lists(inside, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Listed()).eval() if inside else Listed().eval()
+    listed = model[1] if inside else model
+    kept = [*listed.reverse, *listed.pair, *listed.named.values()]
+    x = torch.randn(2, 3, 12, 12)
+    prepared = quiet(fxq.prepare, model, x)
+    fxq.calibrate(prepared, [x])
+    reference = fxq.convert_to_reference(prepared)
+    fxq.save(reference, tmp_path / "model.fxq")
+    with torch.no_grad():
+        for made in (fxq.lower(reference, "x86"), fxq.load(tmp_path / "model.fxq", model=model)):
+            assert len(regions_of(made)) == (5 if inside else 4)
+            assert "multiply-accumulates in int8  100.0%" in fxq.summary(made)
+            assert 25 < sqnr(model(x), made(x)) < 60
+    assert all(a is b for a, b in zip(kept, [*listed.reverse, *listed.pair, *listed.named.values()], strict=True))
+    assert not set(map(id, prepared.modules())) & set(map(id, model.modules()))
