@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 PLACES = 256  # of an image or a sequence that a mean is taken over, evenly spaced
+_CHUNK = 1 << 20  # means added up at a time: float64 of the crops that a detector classifies would be much memory
 
 
 class InputMeans(nn.Module):
@@ -48,10 +49,12 @@ class InputMeans(nn.Module):
         fits = x.dim() - self.places in (1, 2) or not self.places  # or the layer will say what is wrong
         if not self.enabled or not fits or not x.numel():
             return
-        means = _sample_means(x.detach(), self.places).double()
-        # Past nn.Module.__setattr__, which costs as much as the sums.
-        self.total.add_(means.sum(0))
-        self.squares.add_(means.square().sum())
+        means = _sample_means(x.detach(), self.places)
+        for part in means.split(max(1, _CHUNK // means.shape[1])):
+            values = part.double()
+            # Past nn.Module.__setattr__, which costs as much as the sums.
+            self.total.add_(values.sum(0))
+            self.squares.add_(values.square_().sum())
         self.samples.add_(means.shape[0])
 
     def shrunken(self) -> Tensor:

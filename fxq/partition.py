@@ -25,6 +25,7 @@ from fxq.graph_module import REFERENCE, QuantModule, get_attribute
 from fxq.macs import counting
 from fxq.outside_reads import Reads, watching_reads
 from fxq.plan import EXCLUDED, Stage, TensorFact
+from fxq.tracing import seems_traceable
 from fxq.write_guard import WriteGuard, WriteRefused
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -35,12 +36,13 @@ class Recording:
     """What a run on the example inputs tells of the submodules, by path.
 
     Attributes:
-        seen: inputs of the first call of each submodule with weights.
+        seen: inputs of the first call of each submodule with weights; of those inside a submodule that seems to become
+            a region as a whole, only where they are called from outside it.
         macs: multiply-accumulates of convs and linears.
         reads: what code outside submodules reads of them.
     """
 
-    seen: Mapping[str, Inputs] = field(default_factory=dict)
+    seen: dict[str, Inputs] = field(default_factory=dict)
     macs: Mapping[str, int] = field(default_factory=dict)
     reads: Reads = field(default_factory=Reads)
 
@@ -292,21 +294,42 @@ def recording(model: nn.Module) -> Iterator[Recording]:
     """While open, records what the submodules do."""
     seen: dict[str, Inputs] = {}
     handles = []
+    running: list[nn.Module] = []  # of those that seem to become regions, in which nothing is recorded
+    whole = _seem_whole(model)
     for path, module in model.named_modules():
         if not _has_weights(module):
             continue
 
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
-            if path not in seen:
+        def record(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+            if path not in seen and not running:
                 seen[path] = copy_inputs((args, kwargs))
+            if id(called) in whole:
+                running.append(called)
+
+        def leave(called: nn.Module, _: Any, __: Any) -> None:
+            if id(called) in whole:
+                running.pop()
 
         handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         with counting(model) as macs, watching_reads(model) as reads:
             yield Recording(seen, macs, reads)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _seem_whole(model: nn.Module) -> set[int]:
+    """The ``id`` of each outermost submodule that can be traced, as far as is seen without its inputs.
+
+    What is called inside them is not looked at, as it would keep all activations of the model.
+    """
+    found: set[int] = set()
+    for child in model.children():
+        if _has_weights(child):
+            found |= {id(child)} if seems_traceable(child) else _seem_whole(child)
+    return found
 
 
 def leaves_to_search(module: QuantModule) -> dict[str, nn.Module]:
@@ -359,6 +382,7 @@ class _Search:
         self, root: nn.Module, found: Recording, left: dict[str, str], prepare_region: PrepareRegion
     ) -> None:
         self.seen, self.reads, self.left, self.prepare_region = found.seen, found.reads, left, prepare_region
+        self.reached = set(found.seen)
         self.first_path = {id(module): path for path, module in root.named_modules()}
         self.done: dict[int, tuple[nn.Module, QuantModule | None]] = {}  # with the module, which keeps its id taken
 
@@ -385,7 +409,7 @@ class _Search:
 
     def _child(self, child: nn.Module, path: str) -> bool:
         self.done[id(child)] = child, None
-        inputs = self.seen.get(self.first_path[id(child)])
+        inputs = self.seen.pop(self.first_path[id(child)], None)  # which are many activations: no longer than needed
         if self.first_path[id(child)] in self.reads.parts:
             self.left[path] = "code outside it reads its tensors or submodules"
         elif inputs is None and not self._runs_in_part(child):
@@ -404,6 +428,9 @@ class _Search:
                 region.offer_descriptions()
                 self.done[id(child)] = child, region
                 return True
+        if inputs is not None and not self._runs_in_part(*child.children()):
+            self._look_inside(child, inputs)
+        del inputs
         found = self.inside(child, path)
         if found:
             self.left.pop(path, None)  # its parts are regions
@@ -416,8 +443,15 @@ class _Search:
         tensors = {path: get_attribute(module, path) for path in sorted(inside)}
         return {path: TensorFact(tuple(t.shape), t.dtype) for path, t in tensors.items()}
 
-    def _runs_in_part(self, module: nn.Module) -> bool:
-        return any(self.first_path.get(id(part)) in self.seen for part in module.modules())
+    def _runs_in_part(self, *modules: nn.Module) -> bool:
+        return any(self.first_path.get(id(part)) in self.reached for module in modules for part in module.modules())
+
+    def _look_inside(self, module: nn.Module, inputs: Inputs) -> None:
+        """Record what the parts of a module get, which seemed to become a region and did not."""
+        with suppress(InputError):
+            for path, given in _recorded(module, inputs).seen.items():
+                self.seen.setdefault(self.first_path.get(id(module.get_submodule(path)), path), given)
+            self.reached |= self.seen.keys()
 
 
 def _has_weights(module: nn.Module) -> bool:

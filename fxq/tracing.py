@@ -297,6 +297,18 @@ def require_eval(model: nn.Module) -> None:
             raise StageError(f"{what} is in training mode; call model.eval() first")
 
 
+def seems_traceable(module: nn.Module) -> bool:
+    """Whether a module's own forward can be traced when it is given just what it requires, without running it."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    with _ONE_AT_A_TIME, _left_as_it_is(module), traceable_transformers():
+        try:
+            Tracer(tuple(torch.empty(0) for _ in required)).trace(module)
+        except Exception:
+            return False
+    return True
+
+
 def _independent_copy(root: nn.Module, graph: fx.Graph, share: bool, borrow: bool) -> None:
     """Replace every tensor (unless to be shared) and leaf module that ``graph`` uses by a copy; ``root`` is a fresh
     GraphModule.

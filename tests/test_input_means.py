@@ -80,3 +80,13 @@ def test_nothing_and_what_the_layer_will_refuse_is_not_recorded(places, shape):
     means = InputMeans(4, places)
     means(values(*shape))
     assert int(means.samples) == 0 and not means.total.isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (1, 3), (5, 4, 3)])
+def test_large_batches_are_added_up_in_parts(shape, monkeypatch):
+    whole, parts = InputMeans(3, 0), InputMeans(3, 0)
+    whole(values(*shape))
+    monkeypatch.setattr("fxq.input_means._CHUNK", 7)
+    parts(values(*shape))
+    for name, expected in whole.named_buffers():
+        torch.testing.assert_close(parts.get_buffer(name), expected)

@@ -8,14 +8,14 @@ import warnings
 
 import pytest
 import torch
-from models_for_tests import conv, quiet
+from models_for_tests import Lambda, conv, quiet
 from torch import nn
 
 import fxq
 from fxq.errors import CalibrationError, FxqError, FxqWarning, InputError, StageError, TraceError
 from fxq.graph_module import QuantModule
 from fxq.numerics import sqnr
-from fxq.partition import partition_of, reference_of, regions_of
+from fxq.partition import partition_of, recording, reference_of, regions_of
 from fxq.plan import NEVER_OBSERVED, Stage
 from fxq.torchvision_ops import import_torchvision
 
@@ -719,3 +719,40 @@ def test_parts_that_are_called_from_lists(inside, tmp_path):
             assert 25 < sqnr(model(x), made(x)) < 60
     assert all(a is b for a, b in zip(kept, [*listed.reverse, *listed.pair, *listed.named.values()], strict=True))
     assert not set(map(id, prepared.modules())) & set(map(id, model.modules()))
+
+
+class Several(nn.Module):
+    """Traceable as called without ``more``, which is a list of any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+
+    def forward(self, x, more=None):
+        for other in [] if more is None else more:
+            x = x + other
+        return self.last(self.conv(x))
+
+
+def test_inputs_are_kept_only_for_what_may_become_a_region():
+    model = Detector().eval()
+    with recording(model) as found, torch.no_grad():
+        model(X)
+    assert {"backbone"} <= set(found.seen) and not [path for path in found.seen if path.startswith("backbone.")]
+
+
+def test_parts_of_what_only_seems_traceable_become_regions():
+    model = Lambda(lambda m, x: m.several(x, [x] * int(x.abs().sum() > 0)), several=Several()).eval()
+    with recording(model) as found, torch.no_grad():
+        model(X)
+    assert set(found.seen) == {"", "several"}
+    qmodel = fxq.quantize(model, [X], progress=False)
+    assert set(regions_of(qmodel)) == {"several.conv", "several.last"}
+    assert sqnr(model(X).detach(), qmodel(X)) > 25
+
+
+def test_parts_called_from_outside_what_seems_traceable():
+    """``head`` could be traced, but only its conv runs."""
+    head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    model = Lambda(lambda m, x: m.head[0](x) if float(x.abs().sum()) > 0 else x, head=head).eval()
+    assert set(regions_of(fxq.quantize(model, [X], progress=False))) == {"head.0"}
