@@ -132,19 +132,26 @@ class Tracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         """One placeholder a parameter of forward, also behind decorators and with ``**kwargs``, which torch.fx takes
-        no defaults beside.
+        no defaults beside, and one for each of the inputs that ``*args`` takes.
         """
         self.graph._graph_namespace.create_name("self", None)  # which a module of that name would shadow
         parameters = list(inspect.signature(root_fn).parameters.values())[1:]
-        if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-            return super().create_args_for_root(root_fn, is_module, concrete_args)
-        named = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-        given = dict(zip((parameter.name for parameter in named), self.inputs, strict=False)) | dict(self.keywords)
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+        if rest is not None:
+            count = max(len(self.inputs) - len(positional), 0)
+            positional += [
+                inspect.Parameter(f"{rest}_{number}", inspect.Parameter.POSITIONAL_ONLY, default=None)
+                for number in range(count)
+            ]
+        named = positional + [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+        given = dict(zip((parameter.name for parameter in positional), self.inputs, strict=False)) | dict(self.keywords)
         values = {parameter.name: self._placeholder(parameter, given) for parameter in named}
         for name in given.keys() - values.keys():  # those that **kwargs takes
             more = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
             values[name] = self._placeholder(more, given)
-        by_position = [values.pop(p.name) for p in named if p.kind is p.POSITIONAL_ONLY]
+        last = max((at for at, p in enumerate(positional) if p.kind is p.POSITIONAL_ONLY), default=-1)
+        by_position = [values.pop(parameter.name) for parameter in positional[: last + 1]]
         return functools.partial(root_fn, self.root, *by_position, **values), []
 
     def _placeholder(self, parameter: inspect.Parameter, given: Mapping[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx import Node
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fxq.aliases import overwrites
 from fxq.graph_module import QuantModule, free_path, get_attribute, set_tensor
@@ -47,6 +48,9 @@ class FoldConstants(Pass):
                     values[node] = value
                 else:  # random, and so no constant
                     torch.set_rng_state(before)
+            elif self.parameters and _computes_a_parameter(node, module):
+                with torch.no_grad():
+                    values[node] = module.get_submodule(str(node.target))()
         _remove_written(values, module)
         folded = [node for node in values if node.op != "get_attr" and _leaves(node, values)]
         for node in folded:
@@ -77,6 +81,11 @@ class FoldConstants(Pass):
         with module.graph.inserting_before(node):
             constant = module.graph.get_attr(path)
         node.replace_all_uses_with(constant)
+
+
+def _computes_a_parameter(node: Node, module: QuantModule) -> bool:
+    """Whether a node calls what ``torch.nn.utils.parametrize`` puts in a parameter's place, such as a weight norm."""
+    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), ParametrizationList)
 
 
 def _evaluate(node: Node, values: dict[Node, Any]) -> Any:

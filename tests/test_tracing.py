@@ -104,6 +104,22 @@ def test_star_args():
 
 
 @pytest.mark.parametrize(
+    ("args", "kwargs"), [((), {}), ((X,), {}), ((X, X), {}), ((), {"scale": 3.0}), ((X,), {"bias": X})]
+)
+def test_star_args_beside_other_parameters(args, kwargs):
+    class Star(nn.Module):
+        def forward(self, x, *rest, scale=2.0, **more):
+            return self.inner(x, *rest, **more) * scale
+
+        def inner(self, x, *rest, bias=None):
+            return sum(rest, x) if bias is None else x + bias
+
+    model = Star().eval()
+    module, _ = trace(model, (X, *args), kwargs)
+    same(module(X, *args, **kwargs), model(X, *args, **kwargs))
+
+
+@pytest.mark.parametrize(
     ("args", "kwargs"),
     [((), {}), ((X.mean(1, True),), {}), ((), {"skip": X.mean(1, True)}), ((), {"flag": False})],
     ids=["none", "positional", "keyword", "flag"],

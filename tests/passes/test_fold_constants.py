@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from models_for_tests import OPS, Lambda, before, canonical, conv, graph_text, op_names, quiet, run, same
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import fxq
 from fxq.numerics import sqnr
@@ -76,6 +77,14 @@ def test_a_position_table():
         index=torch.randint(9, (8, 8)),
     )  # fmt: skip
     assert (count, op_names(module)) == (1, ["add"])
+
+
+def test_a_weight_that_is_computed_where_it_is_read():
+    def forward(m, x):
+        return F.conv2d(x, m.c.weight, m.c.bias)
+
+    module, _, count = folded(forward, c=parametrizations.weight_norm(conv()))
+    assert (count, op_names(module)) == (1, ["conv2d"])
 
 
 def test_several_readers_of_one_constant():
