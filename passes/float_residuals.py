@@ -4,6 +4,9 @@ A transformer adds the output of every block to one stream, and each block reads
 channels of the stream grow far beyond the others; with one scale for all of them the others round to a few integers,
 and each sum rounds them again. Kept in float until the norm has evened them out, the stream costs no more time:
 torch's int8 layer_norm and int8 add of tokens are no faster than those in float.
+
+A class token that joins the patches has a range of its own, often far smaller than theirs; it is what the classifier
+reads in the end. So what joins tokens for a layer_norm or for such a sum is float, too.
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ from torch.fx import Node
 
 from fxq.graph_module import QuantModule
 from fxq.op_table import Backend, sharing_ends
-from fxq.ops import ADD, LAYER_NORM, MUL, Dictionary
+from fxq.ops import ADD, CAT, LAYER_NORM, MUL, Dictionary
 from fxq.pass_base import Pass
-from fxq.plan import RESIDUAL, QuantPlan, Status
+from fxq.plan import JOINED, RESIDUAL, QuantPlan, Reason, Status
 
 
 class FloatResiduals(Pass):
-    """Sums that reach a layer_norm, directly or through other sums and moves, and factors of their terms."""
+    """Sums and joins that reach a layer_norm, directly or through others and moves, and factors of their terms."""
 
     requires = frozenset({"annotated"})
 
@@ -39,13 +42,18 @@ class FloatResiduals(Pass):
             for node in module.graph.nodes
             if self.ops.op_of(node) is MUL and node.users and all(user in sums for user in node.users)
         }
-        names = {node.name for node in sums | factors}
-        dropped = [region for region in plan.regions if region.nodes[0] in names]
-        plan.make_float(dropped, RESIDUAL)
-        return len(dropped)
+        joins = {node for node in normed if self.ops.op_of(node) is CAT}
+        return _make_float(sums | factors, RESIDUAL, plan) + _make_float(joins, JOINED, plan)
 
     def _is_norm(self, node: Node) -> bool:
         return self.ops.op_of(node) is LAYER_NORM
 
     def _passes_on(self, node: Node, moving: set[str]) -> bool:
-        return node.name in moving or self.ops.op_of(node) is ADD
+        return node.name in moving or self.ops.op_of(node) in (ADD, CAT)
+
+
+def _make_float(nodes: set[Node], reason: Reason, plan: QuantPlan) -> int:
+    names = {node.name for node in nodes}
+    dropped = [region for region in plan.regions if region.nodes[0] in names]
+    plan.make_float(dropped, reason)
+    return len(dropped)

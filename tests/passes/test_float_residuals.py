@@ -11,7 +11,7 @@ from torch import nn
 import fxq
 from fxq.numerics import sqnr
 from fxq.passes.float_residuals import FloatResiduals
-from fxq.plan import RESIDUAL
+from fxq.plan import JOINED, RESIDUAL
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
@@ -52,6 +52,29 @@ def test_fires(forward, count):
 )  # fmt: skip
 def test_refuses(forward):
     assert dropped(forward)[1] == 0
+
+
+def test_joins():
+    def forward(m, x):
+        return m.b(m.ln(torch.cat([m.token.expand(2, 1, 8), m.a(x)], 1)))
+
+    module, found = dropped(forward, token=torch.randn(8))
+    assert found == 1
+    assert [name for name, d in module.plan.decisions.items() if d.reason is JOINED] == ["cat"]
+    assert dropped(lambda m, x: m.b(torch.cat([x, m.a(x)], 1)))[1] == 0
+
+
+def test_a_small_class_token_is_as_exact_as_the_patches():
+    def forward(m, x):
+        x = torch.cat([m.token.expand(x.shape[0], 1, 8), m.a(x)], 1)
+        return m.b(m.ln(x))[:, 0]
+
+    model = Lambda(forward, **parts(token=nn.Parameter(torch.randn(1, 1, 8))))
+    model.token.data *= 0.01
+    x = [torch.randn(16, 5, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    qmodel = fxq.quantize(model, x[:2])
+    assert sqnr(model(x[2]).detach(), qmodel(x[2])) > 35
+    assert reason(qmodel, "cat") is JOINED
 
 
 def test_the_stream_keeps_its_small_channels():
