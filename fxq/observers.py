@@ -26,6 +26,7 @@ Bounds = tuple[float | None, float | None]
 # Counting costs 10 times as much as finding the extremes.
 SAMPLE_SIZE = 1 << 14
 SAMPLE_SHARE = 1 / 64
+_AT_ONCE = 16  # histograms whose ranges are searched together
 
 
 class ObserverKind(NamedTuple):
@@ -242,7 +243,8 @@ def make_observer(spec: QuantSpec, bounds: Bounds = (None, None)) -> Observer:
 def settle_ranges(observers: Iterable[Observer]) -> None:
     """Choose the ranges that observers with data have not chosen yet; those of histograms together.
 
-    A search consists of hundreds of operations on small tensors: for a hundred tensors at once it takes little longer.
+    A search consists of hundreds of operations on small tensors: for some tensors at once it takes little longer. What
+    it holds of each is half a MiB, so that they are not all searched at once.
     """
     alike: dict[tuple[Any, ...], list[tuple[Observer, HistogramStatistics]]] = defaultdict(list)
     for observer in observers:
@@ -251,12 +253,17 @@ def settle_ranges(observers: Iterable[Observer]) -> None:
             # Ranges of one sign are searched in another way than those of both.
             negative, positive = bool((stats.low < 0).any()), bool((stats.high > 0).any())
             alike[observer.spec, stats.bins, negative, positive].append((observer, stats))
-    for (spec, *_), group in alike.items():
-        together = [stats for _, stats in group]
-        low, high = _estimate(HistogramStatistics.stacked(together), spec)
-        sizes = [stats.low.numel() for stats in together]
-        for (observer, _), *ends in zip(group, low.split(sizes), high.split(sizes), strict=True):
-            observer._settle(*ends)
+    for (spec, *_), members in alike.items():
+        for start in range(0, len(members), _AT_ONCE):
+            _settle_together(members[start : start + _AT_ONCE], spec)
+
+
+def _settle_together(group: list[tuple[Observer, HistogramStatistics]], spec: QuantSpec) -> None:
+    together = [stats for _, stats in group]
+    low, high = _estimate(HistogramStatistics.stacked(together), spec)
+    sizes = [stats.low.numel() for stats in together]
+    for (observer, _), *ends in zip(group, low.split(sizes), high.split(sizes), strict=True):
+        observer._settle(*ends)
 
 
 def _estimate(statistics: Statistics, spec: QuantSpec) -> Range:

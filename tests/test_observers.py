@@ -233,7 +233,7 @@ def test_repr():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ranges_chosen_together_are_those_chosen_alone(name):
+def test_ranges_chosen_together_are_those_chosen_alone(name, monkeypatch):
     spec = UINT8.replace(observer=name)
     made = torch.Generator().manual_seed(3)
     tensors = [torch.randn(4000, generator=made) * 10**power for power in (-3, 0, 0, 2)]
@@ -241,6 +241,7 @@ def test_ranges_chosen_together_are_those_chosen_alone(name):
     weights = [torch.randn(6, 50, generator=made) for _ in range(2)]
     alone = [observed(spec, x) for x in tensors] + [observed(WEIGHT.replace(observer=name), x) for x in weights]
     together = copy.deepcopy(alone)
+    monkeypatch.setattr("fxq.observers._AT_ONCE", 2)
     settle_ranges([*together, make_observer(spec)])  # one without data is left alone
     searched = [stats for observer in together if isinstance(stats := observer.statistics, HistogramStatistics)]
     assert all(observer._range is not None for observer in together) or not searched
