@@ -33,8 +33,8 @@ from fxq.training_mode import mode_flags
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that records ``x += y``, ``x[i] = y`` and checks that raise: torch.fx would trace the first as
-    ``x + y`` and refuse the others.
+    """A proxy that records ``x += y``, ``x[i] = y``, checks that raise and loops over the parts of a tensor: torch.fx
+    would trace the first as ``x + y`` and refuse the others.
     """
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -45,6 +45,17 @@ class _Proxy(fx.Proxy):
             raise TypeError(f"sets the attribute {name!r} of a value that is traced")
         super().__setattr__(name, value)
 
+    def __iter__(self) -> Iterator[fx.Proxy]:
+        count = _unpacked(sys._getframe(1))
+        count = _number_of_parts(self.node) if count is None else count
+        if count is None:
+            return self.tracer.iter(self)
+        return iter([operator.getitem(self, number) for number in range(count)])
+
+    def __len__(self) -> int:
+        count = _number_of_parts(self.node)
+        return super().__len__() if count is None else count
+
     def __bool__(self) -> bool:
         demanded = _demanded(sys._getframe(1))
         if demanded is None:
@@ -52,6 +63,32 @@ class _Proxy(fx.Proxy):
         condition = self if demanded else self.tracer.create_proxy("call_function", operator.not_, (self,), {})
         self.tracer.create_proxy("call_function", torch._assert, (condition, "a check of the model fails"), {})
         return demanded
+
+
+def _unpacked(frame: FrameType) -> int | None:
+    """How many values a frame is unpacking, as in ``a, b = x``; ``None`` if it does something else."""
+    doing = next((i for i in dis.get_instructions(frame.f_code) if i.offset >= frame.f_lasti), None)
+    return int(doing.argval) if doing is not None and doing.opname == "UNPACK_SEQUENCE" else None
+
+
+# Functions and methods that cut a tensor, with the name of the parameter that says in how many parts.
+_CUTS: Mapping[Any, str] = {
+    **dict.fromkeys((torch.chunk, "chunk"), "chunks"),
+    **dict.fromkeys((torch.split, torch.functional.split, "split"), "split_size_or_sections"),
+    **dict.fromkeys((torch.split_with_sizes, "split_with_sizes"), "split_sizes"),
+}
+
+
+def _number_of_parts(node: fx.Node) -> int | None:
+    """In how many parts a node cuts a tensor, where its arguments tell; ``None`` of other nodes.
+
+    A chunk of few values may give fewer than asked for, and then running what was traced fails.
+    """
+    name = _CUTS.get(node.target) if node.op in ("call_function", "call_method") else None
+    how = node.kwargs.get(name, node.args[1] if len(node.args) > 1 else None) if name else None
+    if isinstance(how, (list, tuple)):
+        return len(how)
+    return how if name == "chunks" and isinstance(how, int) else None
 
 
 def _demanded(frame: FrameType) -> bool | None:

@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models_for_tests import Lambda, canonical, checked, conv, fresh, same
+from models_for_tests import Lambda, canonical, checked, conv, fresh, quiet, same
 from torch import nn
 
 import fxq
 from fxq.errors import FxqError, StageError, TraceError
 from fxq.graph_module import QuantModule
+from fxq.numerics import sqnr
 from fxq.tracing import blocking_statement, trace
 
 X = torch.randn(2, 3, 8, 8)
@@ -101,6 +102,38 @@ def test_star_args():
 
     module, _ = trace(Star().eval(), (X, X), {})
     same(module(X, X), X + X)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x: x.chunk(3, 1),
+        lambda x: torch.chunk(x, chunks=3, dim=1),
+        lambda x: x.split([1, 2], dim=1),
+        lambda x: torch.split(x, (1, 1, 1), 1),
+        lambda x: x.split_with_sizes([1, 2], 1),
+    ],
+)
+def test_parts_of_a_tensor_are_iterated_over(cut):
+    def forward(m, x):
+        parts = list(cut(x))
+        parts.extend(part * 2 for part in cut(parts[0] + x))
+        return torch.cat(parts, 1)
+
+    model = Lambda(forward)
+    module = fresh(model, X)
+    same(module(X), model(X))
+    other = torch.randn(3, 3, 10, 6)
+    same(module(other), model(other))
+
+
+def test_fewer_chunks_than_asked_for():
+    model = Lambda(lambda m, x: m.c(torch.cat([2 * part for part in x.chunk(4, 2)], 2)), c=conv())
+    assert len(X[:, :, :5].chunk(4, 2)) == 3
+    quantized = quiet(fxq.quantize, model, [X[:, :, :5]])
+    assert "IndexError" in fxq.summary(quantized)
+    with torch.no_grad():
+        assert sqnr(model(X[:, :, :5]), quantized(X[:, :, :5])) > 25
 
 
 @pytest.mark.parametrize(
