@@ -18,6 +18,8 @@ leaves 30 dB of it or more, it is well conditioned, and a cosine of 0.99 can be 
 leaves 10 dB or less, any error at all changes everything, and which of two tools is ahead is chance. Seconds are CPU
 seconds to prepare and convert, on one thread. "memory" is the peak of quantize in one call, float model included, less
 one float forward pass, over the float model; what a graph takes, some 20 MiB, weighs more the smaller the model is.
+It is what is in use: while it is measured, the allocator gives large tensors back to the system when they are freed,
+in the float pass too. Left to itself, glibc keeps what it may need again, up to hundreds of MiB for a detector.
 
 ".fxq", "TorchScript", "torch.export" (the program as it is), "lowered again" and "ONNX" (in onnxruntime) say whether
 what is written and read again gives equal numbers: those of the packed model, for programs and ONNX those of the
@@ -38,7 +40,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,8 @@ from fxq.models import load_model
 from fxq.numerics import choose_qparams, dequantize, quantize, sqnr
 from fxq.partition import partition_of, regions_of
 from fxq.spec import QuantSpec
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 UINT8 = QuantSpec(dtype=torch.uint8, quant_min=0, quant_max=255, symmetric=False)
 
@@ -130,9 +135,28 @@ def peak_memory(model: nn.Module, batch: tuple[Any, ...]) -> tuple[int, int, int
     """Bytes of a float model, and the most that this process holds in a forward pass and in quantizing in one call."""
     fxq.quantize(nn.Sequential(nn.Conv2d(3, 3, 3)).eval(), [torch.rand(1, 3, 8, 8)], progress=False)
     size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    forward = _peak(lambda: call(model, batch))
-    return size, forward, _peak(lambda: fxq.quantize(model, [batch], example_inputs=batch, forward_fn=call,
-                                                     progress=False))  # fmt: skip
+
+    def whole() -> None:
+        fxq.quantize(model, [batch], example_inputs=batch, forward_fn=call, progress=False)
+
+    with _freeing_at_once():
+        return size, _peak(lambda: call(model, batch)), _peak(whole)
+
+
+@contextmanager
+def _freeing_at_once() -> Iterator[None]:
+    """While open, glibc's allocator takes memory for tensors from the system and gives it back when they are freed."""
+    libc = ctypes.CDLL("libc.so.6")
+
+    def set_thresholds(mapped: int, trimmed: int) -> None:
+        libc.mallopt(_M_MMAP_THRESHOLD, mapped)
+        libc.mallopt(_M_TRIM_THRESHOLD, trimmed)
+
+    set_thresholds(1 << 16, 1 << 16)
+    try:
+        yield
+    finally:
+        set_thresholds(1 << 25, 1 << 26)  # which glibc comes to by itself where large tensors are freed
 
 
 def _peak(action: Callable[[], Any]) -> int:
