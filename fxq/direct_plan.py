@@ -8,6 +8,7 @@ on the example inputs before it is taken.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ _LINEAR: _Kernels = {_QUANTIZED.linear: None, _QUANTIZED.linear_relu: "relu"}
 _PACKED_ADD: _Kernels = {_QUANTIZED.conv2d_add: None, _QUANTIZED.conv2d_add_relu: "relu"}
 _ADD: _Kernels = {_QUANTIZED.add: None, _QUANTIZED.add_relu: "relu"}
 _Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, padding, dilation, groups
+_CALLS, _CLEARLY = 8, 1.03  # to compare two kernels; how much longer one must take to be the slower one
 _GATE_PAYS = 64  # channels; of fewer, torch's product of whole rows takes less time
 
 
@@ -91,9 +93,14 @@ class Planner(Interpreter):
     def packed_convolution(self, n: Node, args: tuple[Any, ...], value: torch.Tensor) -> None:
         x, packed, *_ = args
         spec = _packed_spec(x, packed, _qparams(value), _PACKED[n.target])
-        if spec is None or self._with_tail(n, args, value, spec):
+        if spec is None:
             return
-        self._take(n, Convolution(spec, x.shape, value.shape), (n.args[0],), (x,), _Expected(value))
+        alone = Convolution(spec, x.shape, value.shape)
+        run = PrimitiveCall(alone, dense(torch.empty(value.shape, dtype=torch.uint8)), self.stream, [x])
+        if _may_lose(spec) and slower(lambda: run(x), lambda: n.target(*args)):  # type: ignore[operator]
+            return
+        if not self._with_tail(n, args, value, spec):
+            self._take(n, alone, (n.args[0],), (x,), _Expected(value))
 
     def packed_convolution_add(self, n: Node, args: tuple[Any, ...], value: torch.Tensor) -> None:
         x, _, packed, *_ = args
@@ -234,6 +241,22 @@ _MAKERS: Mapping[Any, Callable[[Planner, Node, tuple[Any, ...], torch.Tensor], N
     F.adaptive_avg_pool2d: Planner.average,
     multiply: Planner.gate,
 }
+
+
+def _may_lose(spec: ConvSpec) -> bool:
+    """Whether torch, which has a newer oneDNN and fbgemm, may be faster: at dense kernels of many pixels it is."""
+    return spec.groups == 1 and math.prod(spec.weight.shape[2:]) > 1
+
+
+def slower(call: Callable[[], object], other: Callable[[], object]) -> bool:
+    """Whether a function takes longer than another: the shortest of some calls, which take turns."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_CALLS):
+        for run, taken in zip((call, other), times, strict=True):
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+    return min(times[0]) > _CLEARLY * min(times[1])
 
 
 def integers(x: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,12 +14,19 @@ from models_for_tests import Lambda, conv
 from torch import nn
 
 import fxq
-from fxq import direct_kernels, onednn, onednn_primitives
+from fxq import direct_kernels, direct_plan, onednn, onednn_primitives
 from fxq.buffer_plan import Span
 from fxq.direct_kernels import DirectModel
+from fxq.direct_plan import slower as takes_longer
 from fxq.engine import running
 from fxq.errors import BackendError
 from fxq.models import load_model
+
+
+@pytest.fixture(autouse=True)
+def primitives_are_never_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct_plan, "slower", lambda call, other: False)
+
 
 pytestmark = pytest.mark.skipif(not onednn.is_available(), reason="pip install 'fxq[onednn]' for oneDNN's C API")
 
@@ -176,6 +184,18 @@ def test_a_sum_that_differs_stays_torchs(backend: str, monkeypatch: pytest.Monke
     x = torch.randn(1, 3, 8, 8)
     step = (qmodel(x).max() - qmodel(x).min()) / 255
     assert (call(direct, x) - qmodel(x)).abs().max() <= 1.5 * step
+
+
+def test_a_kernel_that_takes_longer_than_torchs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct_plan, "slower", lambda call, other: call().shape == other().shape)
+    model = Lambda(lambda m, x: (y := m.a(x)) + m.b(m.d(y)), a=conv(3, 8), b=conv(8, 8), d=conv(8, 8, groups=8))
+    _, direct = both(model, 1, 3, 8, 8)
+    assert list(direct._steps) == ["d"]  # a depthwise one always pays
+
+
+def test_which_function_is_slower() -> None:
+    assert takes_longer(lambda: time.sleep(0.002), lambda: None)
+    assert not takes_longer(lambda: None, lambda: time.sleep(0.002))
 
 
 def test_nothing_to_replace() -> None:
