@@ -16,6 +16,7 @@ from fxq.errors import ConfigError, FxqError, FxqWarning
 from fxq.image_folder import ImageFolder
 from fxq.models import load_model, preprocessing
 from fxq.presets import PRESETS
+from fxq.serialization import load_for_tables
 
 _DESCRIPTION = "Quantize PyTorch models to int8 for CPUs, and look at the result."
 _EPILOG = """\
@@ -215,7 +216,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    model = fxq.load(args.file, backend=args.backend)
+    model = load_for_tables(args.file, args.backend)
     names = list(_TABLES) if args.table == "all" else [args.table]
     print("\n\n".join(str(_TABLES[name](model)) for name in names))
 

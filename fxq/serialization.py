@@ -23,7 +23,7 @@ from torch import nn
 
 from fxq.api import lower
 from fxq.backends import BACKENDS, get_backend
-from fxq.errors import BackendError, ConfigError, FileFormatError, FxqError
+from fxq.errors import BackendError, ConfigError, FileFormatError, FxqError, StageError
 from fxq.graph_json import decode_graph, encode_graph
 from fxq.graph_module import QuantModule, get_attribute, make_module
 from fxq.leaves import decode_leaf, encode_leaf
@@ -170,6 +170,50 @@ def load_regions(path: str | Path) -> dict[str, QuantModule]:
         return _decode_regions(content, tensors, None)
 
 
+def load_for_tables(path: str | Path, backend: str | None = None) -> nn.Module:
+    """A lowered model to print tables of, from the file alone.
+
+    A model that was quantized in regions has them at their places, without the code around them: it cannot be called.
+
+    Args:
+        path: a file that :func:`save` wrote.
+        backend: by default the one it was saved for.
+
+    Raises:
+        FileFormatError, BackendError: as :func:`load`.
+        ConfigError: if a graph calls modules that are not of torch.
+    """
+    content, tensors = _verified(path)
+    if content["partition"] is None:
+        return load(path, backend)
+    with _named(path):
+        regions = _decode_regions(content, tensors, None)
+        model = _without_code(str(content["model"]), regions)
+        set_partition(model, _partition(content))
+    return _lowered(path, model, backend)
+
+
+class _WithoutCode(nn.Module):
+    """In the place of a module whose code a file does not hold."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise StageError("the code around the parts of this model is missing: fxq.load it with model= the float model")
+
+
+def _without_code(name: str, regions: Mapping[str, QuantModule]) -> nn.Module:
+    """Regions at their places in a model that has nothing else."""
+    root: nn.Module = type(name, (_WithoutCode,), {})()
+    for path, region in regions.items():
+        *outer, last = path.split(".")
+        module = root
+        for step in outer:
+            if step not in module._modules:
+                module.add_module(step, _WithoutCode())
+            module = module.get_submodule(step)
+        module.add_module(last, region)
+    return root
+
+
 @contextlib.contextmanager
 def _named(path: str | Path) -> Iterator[None]:
     """Errors of decoding name the file."""
@@ -196,9 +240,7 @@ def _decode(content: dict[str, Any], tensors: Tensors, model: nn.Module | None) 
     if content["partition"] is None:
         (region,) = regions.values()
         return region
-    partition = Partition(*content["partition"])
-    if wrong_field(partition) is not None:
-        raise FileFormatError("the partition has a value of the wrong type")
+    partition = _partition(content)
     if model is None:
         raise ConfigError(
             f"a {content['model']} could not be traced as a whole, so the file holds parts of it and needs the code "
@@ -209,6 +251,13 @@ def _decode(content: dict[str, Any], tensors: Tensors, model: nn.Module | None) 
     clone = replace_regions(model, regions, tensors["outside"])
     set_partition(clone, partition)
     return clone
+
+
+def _partition(content: dict[str, Any]) -> Partition:
+    partition = Partition(*content["partition"])
+    if wrong_field(partition) is not None:
+        raise FileFormatError("the partition has a value of the wrong type")
+    return partition
 
 
 def decode_region(
@@ -261,7 +310,11 @@ def load(path: str | Path, backend: str | Backend | None = None, *, model: nn.Mo
         >>> qmodel = fxq.load("model.fxq", backend="qnnpack")                         # doctest: +SKIP
         >>> detector = fxq.load("detector.fxq", model=fasterrcnn_resnet50_fpn())      # doctest: +SKIP
     """
-    reference = load_reference(path, model=model)
+    return _lowered(path, load_reference(path, model=model), backend)
+
+
+def _lowered(path: str | Path, reference: nn.Module, backend: str | Backend | None) -> nn.Module:
+    """What a file holds, packed for this machine."""
     regions = list(regions_of(reference).values())
     backend = backend or regions[0].plan.backend
     if isinstance(backend, str) and backend not in BACKENDS:

@@ -338,6 +338,9 @@ def test_part_by_part(project: Path, capsys: pytest.CaptureFixture[str]) -> None
         model = fxq.load("parts.fxq", model=load_model("two_parts_of_cli_tests:Parts"))
         x = torch.rand(3, 3, 32, 32)
         assert torch.equal(torch.jit.load("parts.backbone.pt")(x), model.backbone(x))
+    assert main(["inspect", "parts.fxq", "--table", "all"]) == 0
+    out = capsys.readouterr().out
+    assert "Parts" in out and "backbone" in out and "head" in out and "quantized::conv2d" in out
     assert main(["bench", "parts.fxq", "--threads", "1", "--seconds", "1"]) == 0
     out = capsys.readouterr().out
     assert "backbone: Sequential, backend x86, input [7, 3, 32, 32], 1 threads" in out

@@ -20,7 +20,7 @@ from fxq.backends import get_backend
 from fxq.errors import BackendError, ConfigError, FileFormatError, FxqError, StageError
 from fxq.plan import QuantPlan
 from fxq.plan_json import encode_plan
-from fxq.serialization import with_header
+from fxq.serialization import load_for_tables, with_header
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 HEADER = 4 + 4 + 32
@@ -339,6 +339,10 @@ def test_a_model_in_regions(tmp_path: Path) -> None:
     assert tables(loaded) == tables(lowered)
     assert other.training
     bits(other.state_dict(), before)
+    shown = load_for_tables(path)
+    assert tables(shown) == tables(lowered)
+    with pytest.raises(StageError, match="model= the float model"):
+        shown(X)
 
 
 @pytest.mark.parametrize(
