@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from coverage import append_row, read, shares, status
 from random_models import make_alive
-from tabulate import tabulate
 from torch import nn
 
 import fxq
 from fxq.numerics import sqnr
 from fxq.torchvision_ops import import_torchvision
+
+LIBRARIES = ("timm", "transformers", "smp", "pytorchcv", "ultralytics", "monai")
 
 Batch = Callable[[int, int], Any]  # of a batch size and a seed
 Build = Callable[[], tuple[nn.Module, Batch]]
@@ -42,8 +43,44 @@ swin_tiny_patch4_window7_224:224 swinv2_tiny_window8_256:256 levit_128s:224 twin
 mixer_s32_224:224 gmlp_ti16_224:224 crossvit_tiny_240:240 mobilevit_xxs:128 mobileone_s0:128 repvit_m0_9:128
 fastvit_t8:128 edgenext_xx_small:128 davit_tiny:128 hiera_tiny_224:224 volo_d1_224:224 nest_tiny:224
 tiny_vit_5m_224:224 mixnet_s:128 cspdarknet53:128 halonet26t:256 maxvit_nano_rw_256:256 inception_v4:128
-efficientvit_b0:128 pvt_v2_b0:128
+efficientvit_b0:128 pvt_v2_b0:128 beit_base_patch16_224:224 coat_tiny:224 convit_tiny:224 convmixer_768_32:224
+cpubone_nano:160 csatv2:160 cspnext_tiny:224 densenet264d:160 efficientformer_l1:224 efficientformerv2_s0:224
+efficientvim_m1:160 efficientvit_m0:224 eva02_tiny_patch14_224:224 fasternet_t0:224 focalnet_tiny_srf:224
+gcvit_xxtiny:224 hardcorenas_b:160 hgnetv2_b0:160 sam2_hiera_tiny:160 iformer_t:224 inception_next_atto:224
+inception_resnet_v2:299 inception_v3:160 lcnetv2_small:160 lowformer_b0:224 test_mambaout:160 mobilenetv5_base:160
+mvitv2_tiny:224 naflexvit_base_patch16_parfac_gap:384 nasnetalarge:160 nextvit_small:224 pit_ti_224:224
+pnasnet5large:160 rdnet_tiny:224 repghostnet_050:224 selecsls42:160 legacy_seresnet18:160 sequencer2d_s:224
+shvit_s1:224 starnet_s050:224 swiftformer_xs:224 swinv2_cr_tiny_224:224 tnt_s_legacy_patch16_224:224 tresnet_m:224
+vgg11:160 visformer_tiny:224 vit_small_r26_s32_224:224 test_vit_relpos:160 samvit_base_patch16_224:224
+vitamin_small_224:224 ese_vovnet19b_slim_dw:160 legacy_xception:160 xception41p:160 xcit_nano_12_p8_224:224
 """
+PYTORCHCV = """
+airnet50_1x64d_r16 alexnetb bagnet9 bam_resnet18 bninception cbam_resnet18 centernet_resnet18_voc cgnet_cityscapes
+channelnet condensenet74_c8_g8 darknet53 densenet121 diaresnet10 dicenet_wd5 diracnet18v2 dla46xc dpn68
+edanet_cityscapes efficientnet_b0 fbnet_cb fishnet99 ghostnet hardnet39ds hrnet_w18_small_v1 ibn_resnet50 igcv3_wd4
+irevnet301 isqrtcovresnet18 linknet_cityscapes menet108_8x1_g3 mixnet_s mnasnet_small mobilenetv2_wd4
+mobilenetv3_small_w7d20 octresnet10_ad2 peleenet preresnet18_wd4 proxylessnas_mobile pyramidnet110_a48_cifar10
+regnetx002 resattnet56 scnet50 selecsls42 shufflenet_g1_w3d4 shufflenetv2_wd2 simplepose_resnet18_coco sknet50
+sparsenet121 spnasnet squeezenet_v1_1 sqnxt23_w1 unet_cityscapes vovnet27s xdensenet121_2 zfnet
+"""
+ULTRALYTICS = """
+yolov3-tiny yolov5n yolov6n yolov8n yolov8n-cls yolov8n-obb yolov8n-pose yolov8n-seg yolov9t yolov10n yolo11n
+yolo11n-seg yolo12n rtdetr-resnet50
+"""
+_2D: dict[str, Any] = {"spatial_dims": 2, "in_channels": 3, "out_channels": 2}
+_VIT: dict[str, Any] = {"img_size": 64, "hidden_size": 96, "mlp_dim": 192, "num_heads": 4}
+_DYNAMIC = {"kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2]}
+MONAI: dict[str, dict[str, Any]] = {
+    "UNet": {**_2D, "channels": (16, 32, 64), "strides": (2, 2), "num_res_units": 2},
+    "BasicUNet": {**_2D, "features": (16, 16, 32, 32, 64, 16)},
+    "AttentionUnet": {**_2D, "channels": (8, 16, 32), "strides": (2, 2)},
+    "DynUNet": {**_2D, **_DYNAMIC},
+    "VNet": {**_2D, "in_channels": 1},
+    "SegResNet": _2D,
+    "UNETR": {**_2D, **_VIT, "feature_size": 8},
+    "SwinUNETR": {**_2D, "feature_size": 12},
+    "DenseNet121": _2D,
+}
 SMP = """
 Unet:resnet18 Unet:efficientnet-b0 Unet:mit_b0 UnetPlusPlus:resnet18 FPN:resnet18 PSPNet:resnet18
 Linknet:resnet18 MAnet:resnet18 DeepLabV3Plus:resnet18 UPerNet:resnet18 Segformer:mit_b0
@@ -56,6 +93,7 @@ _GPT2 = {"vocab_size": 99, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions
 _T5 = {"vocab_size": 99, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
 _SWIN = {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
 _SPEECH = {**_LAYERS, "conv_dim": (32,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+_RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 32}
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "BertForSequenceClassification": ("Bert", _TEXT, "text"),
     "DistilBertForSequenceClassification": (
@@ -77,14 +115,52 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], str]] = {
         "Segformer", {"hidden_sizes": [16, 32, 48, 64], "decoder_hidden_size": 32}, "image"),
     "CLIPVisionModel": ("CLIPVision", _IMAGE, "image"),
     "Wav2Vec2ForCTC": ("Wav2Vec2", _SPEECH, "sound"),
+    "AlbertForSequenceClassification": ("Albert", _TEXT | {"embedding_size": 32}, "text"),
+    "ElectraForSequenceClassification": ("Electra", _TEXT | {"embedding_size": 32}, "text"),
+    "MobileBertForSequenceClassification": (
+        "MobileBert", _TEXT | {"embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32}, "text"),
+    "DebertaForSequenceClassification": ("Deberta", _TEXT | _RELATIVE, "text"),
+    "DebertaV2ForSequenceClassification": ("DebertaV2", _TEXT | _RELATIVE | {"share_att_key": True}, "text"),
+    "MPNetForSequenceClassification": ("MPNet", _TEXT, "text"),
+    "SqueezeBertForSequenceClassification": ("SqueezeBert", _TEXT | {"embedding_size": 64}, "text"),
+    "ConvBertForSequenceClassification": ("ConvBert", _TEXT | {"embedding_size": 64}, "text"),
+    "RoFormerForSequenceClassification": ("RoFormer", _TEXT | {"embedding_size": 64}, "text"),
+    "OPTForCausalLM": (
+        "OPT", {**_LAYERS, "vocab_size": 99, "ffn_dim": 128, "max_position_embeddings": 64,
+                "word_embed_proj_dim": 64}, "text"),
+    "GPTNeoXForCausalLM": ("GPTNeoX", _TEXT, "text"),
+    "BloomForCausalLM": ("Bloom", {"vocab_size": 99, "hidden_size": 64, "n_layer": 2, "n_head": 4}, "text"),
+    "Qwen2ForCausalLM": ("Qwen2", _TEXT | {"num_key_value_heads": 2}, "text"),
+    "GemmaForCausalLM": ("Gemma", _TEXT | {"num_key_value_heads": 2, "head_dim": 16}, "text"),
+    "CLIPTextModel": ("CLIPText", _TEXT, "text"),
+    "SiglipVisionModel": ("SiglipVision", _IMAGE, "image"),
+    "DeiTForImageClassification": ("DeiT", _IMAGE, "image"),
+    "BeitForImageClassification": ("Beit", _IMAGE, "image"),
+    "ViTMSNForImageClassification": ("ViTMSN", _IMAGE, "image"),
+    "IJepaForImageClassification": ("IJepa", _IMAGE, "image"),
+    "DINOv3ViTModel": ("DINOv3ViT", _IMAGE, "image"),
+    "YolosForObjectDetection": ("Yolos", _IMAGE | {"image_size": [64, 64], "num_detection_tokens": 8}, "image"),
+    "ConvNextV2ForImageClassification": ("ConvNextV2", _STAGES, "image"),
+    "RegNetForImageClassification": ("RegNet", _STAGES | {"embedding_size": 16, "groups_width": 8}, "image"),
+    "PoolFormerForImageClassification": (
+        "PoolFormer", {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}, "image"),
+    "FocalNetForImageClassification": (
+        "FocalNet", {"image_size": 64, "embed_dim": 16, "depths": [1, 1, 1, 1]}, "image"),
+    "SwiftFormerForImageClassification": (
+        "SwiftFormer", {"image_size": 64, "embed_dims": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}, "image"),
+    "MobileViTV2ForImageClassification": ("MobileViTV2", {"image_size": 64, "width_multiplier": 0.5}, "image"),
+    "TextNetForImageClassification": ("TextNet", {}, "image"),
+    "HubertForCTC": ("Hubert", _SPEECH, "sound"),
+    "WavLMForCTC": ("WavLM", _SPEECH, "sound"),
+    "UniSpeechForCTC": ("UniSpeech", _SPEECH, "sound"),
 }  # fmt: skip
 
 
-def _inputs(kind: str, size: int = 64) -> Batch:
+def _inputs(kind: str, size: int = 64, channels: int = 3) -> Batch:
     def batch(number: int, seed: int) -> Any:
         generator = torch.Generator().manual_seed(seed)
         if kind in ("tensor", "image"):
-            images = torch.randn(number, 3, size, size, generator=generator)
+            images = torch.randn(number, channels, size, size, generator=generator)
             return images if kind == "tensor" else {"pixel_values": images}
         if kind == "sound":
             return {"input_values": torch.randn(number, 4000, generator=generator)}
@@ -113,6 +189,19 @@ def builders(library: str) -> dict[str, Build]:
             f"{a} {e}": lambda a=a, e=e: (smp.create_model(a, e, encoder_weights=None, classes=4), _inputs("tensor"))
             for a, e in pairs
         }
+    if library == "pytorchcv":
+        from pytorchcv.model_provider import get_model
+
+        return {name: lambda name=name: _of_pytorchcv(get_model(name)) for name in PYTORCHCV.split()}
+    if library == "ultralytics":
+        return {name: lambda name=name: (_of_ultralytics(name), _inputs("tensor", 128)) for name in ULTRALYTICS.split()}
+    if library == "monai":
+        import monai.networks.nets as nets
+
+        return {
+            name: lambda name=name, o=options: (getattr(nets, name)(**o), _inputs("tensor", 64, o["in_channels"]))
+            for name, options in MONAI.items()
+        }
     import transformers
 
     def build(name: str) -> tuple[nn.Module, Batch]:
@@ -120,6 +209,20 @@ def builders(library: str) -> dict[str, Build]:
         return getattr(transformers, name)(getattr(transformers, f"{config}Config")(**options)), _inputs(kind)
 
     return {name: lambda name=name: build(name) for name in TRANSFORMERS}
+
+
+def _of_pytorchcv(model: nn.Module) -> tuple[nn.Module, Batch]:
+    size = getattr(model, "in_size", (224, 224))[0]
+    return model, _inputs("tensor", min(size, 224), getattr(model, "in_channels", 3))
+
+
+def _of_ultralytics(name: str) -> nn.Module:
+    from ultralytics.nn import tasks
+
+    tasks_of = {"cls": "Classification", "obb": "OBB", "pose": "Pose", "seg": "Segmentation"}
+    kind = "RTDETRDetection" if name.startswith("rtdetr") else tasks_of.get(name.rpartition("-")[2], "Detection")
+    model: nn.Module = getattr(tasks, f"{kind}Model")(f"{name}.yaml", verbose=False)
+    return model
 
 
 class _Called(nn.Module):
@@ -205,13 +308,14 @@ def table(rows: list[dict[str, Any]]) -> str:
          "; ".join(f"{count} {why}" for why, count in row.get("float_nodes", {}).items())]
         for row in rows
     ]  # fmt: skip
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    rows_of_text = [headers, ["---"] * len(headers), *([str(cell) for cell in line] for line in lines)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows_of_text)
 
 
 def main() -> None:
     """Parse the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", choices=("timm", "transformers", "smp"), required=True)
+    parser.add_argument("--library", choices=LIBRARIES, required=True)
     parser.add_argument("--model", help="measure one model in this process and print its row as JSON")
     parser.add_argument("--results", type=Path, default=Path("other_models.jsonl"))
     parser.add_argument("--markdown", action="store_true", help="print the table of the results and stop")

@@ -294,17 +294,17 @@ def recording(model: nn.Module) -> Iterator[Recording]:
     """While open, records what the submodules do."""
     seen: dict[str, Inputs] = {}
     handles = []
-    running: list[nn.Module] = []  # of those that seem to become regions, in which nothing is recorded
     whole = _seem_whole(model)
+    running: list[set[int]] = []  # the parts of those that seem to become regions, of which nothing is recorded
     for path, module in model.named_modules():
         if not _has_weights(module):
             continue
 
         def record(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
-            if path not in seen and not running:
+            if path not in seen and not any(id(called) in parts for parts in running):
                 seen[path] = copy_inputs((args, kwargs))
             if id(called) in whole:
-                running.append(called)
+                running.append(whole[id(called)])
 
         def leave(called: nn.Module, _: Any, __: Any) -> None:
             if id(called) in whole:
@@ -320,15 +320,17 @@ def recording(model: nn.Module) -> Iterator[Recording]:
             handle.remove()
 
 
-def _seem_whole(model: nn.Module) -> set[int]:
-    """The ``id`` of each outermost submodule that can be traced, as far as is seen without its inputs.
+def _seem_whole(model: nn.Module) -> dict[int, set[int]]:
+    """The ``id`` of each outermost submodule that can be traced, as far as is seen without its inputs, with its parts'.
 
-    What is called inside them is not looked at, as it would keep all activations of the model.
+    What its parts get is not looked at, as it would keep all activations of the model; what other modules get is, which
+    it may be given as arguments.
     """
-    found: set[int] = set()
+    found: dict[int, set[int]] = {}
     for child in model.children():
         if _has_weights(child):
-            found |= {id(child)} if seems_traceable(child) else _seem_whole(child)
+            whole = seems_traceable(child)
+            found |= {id(child): {id(part) for part in child.modules()}} if whole else _seem_whole(child)
     return found
 
 

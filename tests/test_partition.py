@@ -756,3 +756,32 @@ def test_parts_called_from_outside_what_seems_traceable():
     head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     model = Lambda(lambda m, x: m.head[0](x) if float(x.abs().sum()) > 0 else x, head=head).eval()
     assert set(regions_of(fxq.quantize(model, [X], progress=False))) == {"head.0"}
+
+
+class TakesHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x, head):
+        return head(self.conv(x).relu())
+
+
+class GivesHead(nn.Module):
+    """Hands one of its parts to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.head = TakesHead(), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.decoder(x, self.head) if x.sum() < 1e9 else x
+
+
+def test_a_module_that_is_an_argument():
+    torch.manual_seed(0)
+    model, x = GivesHead().eval(), torch.randn(2, 3, 8, 8)
+    quantized = quiet(fxq.quantize, model, [x])
+    assert set(regions_of(quantized)) == {"decoder", "head"}
+    with torch.no_grad():
+        assert 25 < sqnr(model(x), quantized(x)) < 60
