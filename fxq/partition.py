@@ -11,7 +11,7 @@ what is traceable in it becomes regions of their own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -290,11 +290,11 @@ def _record(model: nn.Module, inputs: Inputs) -> Recording:
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[Recording]:
-    """While open, records what the submodules do."""
+def recording(model: nn.Module, untraceable: Iterable[nn.Module] = ()) -> Iterator[Recording]:
+    """While open, records what the submodules do; of some it is known that they cannot be traced as a whole."""
     seen: dict[str, Inputs] = {}
     handles = []
-    whole = _seem_whole(model)
+    whole = _seem_whole(model, {id(module) for module in untraceable})
     running: list[set[int]] = []  # the parts of those that seem to become regions, of which nothing is recorded
     for path, module in model.named_modules():
         if not _has_weights(module):
@@ -320,7 +320,7 @@ def recording(model: nn.Module) -> Iterator[Recording]:
             handle.remove()
 
 
-def _seem_whole(model: nn.Module) -> dict[int, set[int]]:
+def _seem_whole(model: nn.Module, untraceable: Set[int]) -> dict[int, set[int]]:
     """The ``id`` of each outermost submodule that can be traced, as far as is seen without its inputs, with its parts'.
 
     What its parts get is not looked at, as it would keep all activations of the model; what other modules get is, which
@@ -329,8 +329,9 @@ def _seem_whole(model: nn.Module) -> dict[int, set[int]]:
     found: dict[int, set[int]] = {}
     for child in model.children():
         if _has_weights(child):
-            whole = seems_traceable(child)
-            found |= {id(child): {id(part) for part in child.modules()}} if whole else _seem_whole(child)
+            whole = id(child) not in untraceable and seems_traceable(child)
+            parts = {id(part) for part in child.modules()} if whole else set()
+            found |= {id(child): parts} if whole else _seem_whole(child, untraceable)
     return found
 
 

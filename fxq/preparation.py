@@ -198,8 +198,9 @@ def _prepare_region(
     else:
         passes = Pipeline(prepare_passes(table, config, inputs, preset, borrow=borrow))
     found = Recording()
-    if leaves_to_search(module):
-        with recording(module) as found:
+    leaves = leaves_to_search(module)
+    if leaves:
+        with recording(module, leaves.values()) as found:
             passes(module)
     else:
         passes(module)

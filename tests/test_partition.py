@@ -785,3 +785,23 @@ def test_a_module_that_is_an_argument():
     assert set(regions_of(quantized)) == {"decoder", "head"}
     with torch.no_grad():
         assert 25 < sqnr(model(x), quantized(x)) < 60
+
+
+class OneWay(nn.Module):
+    """Can be traced as long as nothing is known of its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x=None):
+        return self.conv(x) if x is not None and x.sum() < 1e9 else self.conv(torch.zeros(1, 3, 8, 8))
+
+
+def test_a_leaf_that_seems_traceable_without_its_inputs():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(OneWay(), nn.Conv2d(4, 4, 1)).eval(), torch.randn(2, 3, 8, 8)
+    quantized = quiet(fxq.quantize, model, [x])
+    assert set(regions_of(quantized)) == {"", "0.conv"}
+    with torch.no_grad():
+        assert 25 < sqnr(model(x), quantized(x)) < 60
