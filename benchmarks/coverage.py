@@ -16,10 +16,11 @@ length each time, the raw output of the head on the feature maps (of the region 
 model makes of the smallest error any 8-bit model has. That error itself is at about 40 dB. Where the float model
 leaves 30 dB of it or more, it is well conditioned, and a cosine of 0.99 can be asked of its int8 model. Where it
 leaves 10 dB or less, any error at all changes everything, and which of two tools is ahead is chance. Seconds are CPU
-seconds to prepare and convert, on one thread. "memory" is the peak of quantize in one call, float model included, less
-one float forward pass, over the float model; what a graph takes, some 20 MiB, weighs more the smaller the model is.
-It is what is in use: while it is measured, the allocator gives large tensors back to the system when they are freed,
-in the float pass too. Left to itself, glibc keeps what it may need again, up to hundreds of MiB for a detector.
+seconds to prepare and convert, on one thread, in memory that the process has beforehand. "memory" is the peak of
+quantize in one call, float model included, less one float forward pass, over the float model; what a graph takes, some
+20 MiB, weighs more the smaller the model is. It is what is in use: while it is measured, the allocator gives large
+tensors back to the system when they are freed, in the float pass too. Left to itself, glibc keeps what it may need
+again, up to hundreds of MiB for a detector.
 
 ".fxq", "TorchScript", "torch.export" (the program as it is), "lowered again" and "ONNX" (in onnxruntime) say whether
 what is written and read again gives equal numbers: those of the packed model, for programs and ONNX those of the
@@ -31,6 +32,7 @@ written one by one.
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -96,6 +98,7 @@ def measure_seed(name: str, seed: int, peer: bool) -> tuple[dict[str, Any], dict
     expected = outputs(model, others)
     run: dict[str, Any] = {"rounded": sqnr(expected, outputs(model, [rounded(batch) for batch in others]))}
     row = {} if seed else _memory(model, batches[0])
+    _hold_memory(model)
     start = time.process_time()
     prepared = fxq.prepare(model, batches[0])
     took = time.process_time() - start
@@ -157,6 +160,12 @@ def _freeing_at_once() -> Iterator[None]:
         yield
     finally:
         set_thresholds(1 << 25, 1 << 26)  # which glibc comes to by itself where large tensors are freed
+
+
+def _hold_memory(model: nn.Module) -> None:
+    """Let the process have, and from now on keep, memory for copies of the model: getting it is not the tools' time."""
+    ctypes.CDLL("libc.so.6").mallopt(_M_TRIM_THRESHOLD, -1)
+    del [copy.deepcopy(model) for _ in range(2)][:]
 
 
 def _peak(action: Callable[[], Any]) -> int:
