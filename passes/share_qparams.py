@@ -5,6 +5,11 @@ average values (pools, cat, reshape, ...) share their input's with their output'
 components of these two relations. Kernels that dictate their output's qparams (sigmoid, softmax, ...) fix
 their group; an op that would unite such a group with others keeps its inputs apart if its kernel can
 requantize them, and goes back to float otherwise.
+
+What cat joins must have one scale behind it, but not before it, where its kernel can requantize. A tensor that a
+convolution reads, too, as the blocks of a YOLO or the skips of a U-Net, keeps a scale of its own: in the scale of the
+join it could be left with a few integers. Unless it comes from another join (ShuffleNet): to share is then cheaper,
+and both hold the same kind of values.
 """
 
 from __future__ import annotations
@@ -98,14 +103,29 @@ class ShareQParams(Pass):
         """Unite the inputs of ops like cat, except those whose qparams a kernel dictates; returns who cannot."""
         refused = []
         fixed = {slot for _, component in self._fixed_components(links, plan) for slot in component}
+        own = self._read_by_layers(many, nodes, links, plan)
         for region, row in many:
             inputs = [slot for slot, _ in self._inputs(region, nodes)]
             free = [slot for slot in inputs if slot not in fixed]
             if len(free) < len(inputs) and not row.mixed_inputs:
                 refused.append(region)
             else:
-                self._link_output(region, free, links, plan)
+                apart = own if row.mixed_inputs else set()
+                self._link_output(region, [slot for slot in free if slot not in apart], links, plan)
         return refused
+
+    def _read_by_layers(
+        self, many: list[tuple[Region, OpRow]], nodes: dict[str, Node], links: nx.Graph[Any], plan: QuantPlan
+    ) -> set[Slot]:
+        """Slots of tensors that a conv or linear reads and that do not come from a join."""
+        layers = [region for region in plan.regions if self.backend.row(region.row).heavy]
+        read = {slot for region in layers for slot, _ in self._inputs(region, nodes)}
+        joined = {Slot(region.end) for region, _ in many}
+        found: set[Slot] = set()
+        for component in nx.connected_components(links):
+            if component & read and not component & joined:
+                found |= component
+        return found
 
     def _fixed_components(self, links: nx.Graph[Any], plan: QuantPlan) -> Iterator[tuple[Fixed, set[Slot]]]:
         for region in plan.regions:

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from models_for_tests import Lambda, before, conv, reason, run
 from torch import nn
 
+import fxq
 from fxq.backends import get_backend
 from fxq.config import QConfig, QConfigMapping
+from fxq.numerics import sqnr
 from fxq.passes.share_qparams import ShareQParams
 from fxq.plan import MIXED_QPARAMS, Slot
 
@@ -100,6 +102,40 @@ def test_a_fixed_member_of_a_cat_is_requantized():
     assert groups[Slot("cat", (0, 0))] == groups[Slot("sigmoid")] != groups[Slot("cat")]
     assert groups[Slot("cat")] == groups[Slot("a")]
     assert len(module.plan.fixed) == 1
+
+
+def test_what_a_layer_reads_too_keeps_a_scale_of_its_own():
+    def forward(m, x):
+        y = m.a(x)
+        z = m.b(F.max_pool2d(y, 3, 1, 1))
+        return m.d(torch.cat([y, z], 1))
+
+    _, groups = share(forward, a=conv(), b=conv(4, 4), d=conv(8, 4))
+    assert groups[Slot("a")] == groups[Slot("max_pool2d")] == groups[Slot("cat", (0, 0))] != groups[Slot("cat")]
+    assert groups[Slot("b")] == groups[Slot("cat", (0, 1))] == groups[Slot("cat")] == groups[Slot("d", (0,))]
+
+
+def test_what_comes_from_a_join_shares_with_the_next():
+    """As in ShuffleNet: nothing to requantize."""
+
+    def forward(m, x):
+        left, right = torch.cat([m.a(x), m.e(x)], 1).chunk(2, 1)
+        return m.d(torch.cat([left, m.b(right)], 1))
+
+    _, groups = share(forward, a=conv(), e=conv(), b=conv(4, 4), d=conv(8, 4))
+    assert groups[Slot("cat")] == groups[Slot("getitem_1")] == groups[Slot("cat_1")] == groups[Slot("b")]
+
+
+def test_a_small_tensor_that_a_layer_reads_is_not_flattened_by_a_join():
+    def forward(m, x):
+        y = m.a(x)
+        return torch.cat([m.d(m.b(y)), m.d(torch.cat([y, x * 100], 1)[:, :4])], 1)
+
+    model = Lambda(forward, a=conv(), b=conv(4, 4), d=conv(4, 4))
+    data = [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    qmodel = fxq.quantize(model, data[:2], progress=False)
+    expected, actual = model(data[2]).detach(), qmodel(data[2])
+    assert sqnr(expected[:, :4], actual[:, :4]) > 30
 
 
 def test_cats_of_fixed_members_only():
