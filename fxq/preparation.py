@@ -20,6 +20,7 @@ from fxq.passes.drop_islands import DropIslands
 from fxq.passes.equalize import Equalize
 from fxq.passes.expose_projections import ExposeProjections
 from fxq.passes.finish_training import TRAINABLE
+from fxq.passes.float_attention import FloatAttention
 from fxq.passes.float_exits import FloatExits
 from fxq.passes.float_residuals import FloatResiduals
 from fxq.passes.fold_batchnorm import FoldBatchNorm
@@ -58,6 +59,7 @@ def prepare_passes(
         AbsorbBias(config, inputs, ops),
         RewriteScalars(ops),
         Annotate(table, config, ops),
+        FloatAttention(table, ops),
         FloatResiduals(table, ops),
         FloatExits(table),
         DropIslands(table),
@@ -89,6 +91,7 @@ def prepare_training_passes(table: Backend, config: ResolvedConfig, inputs: Inpu
         DetachBatchNorm(batch_norms, ops),
         RewriteScalars(ops),
         Annotate(table, config, ops),
+        FloatAttention(table, ops),
         FloatResiduals(table, ops),
         FloatExits(table),
         DropIslands(table),

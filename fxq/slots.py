@@ -14,17 +14,20 @@ def entry_points(nodes: dict[str, Node], plan: QuantPlan, sharing: set[str]) -> 
 
     Args:
         nodes: the graph's nodes by name.
-        sharing: ends of regions whose output shares its input's qparams; they are entries only where none of
-            their inputs is in the group.
+        sharing: ends of regions whose output shares its input's qparams; they are entries only where some of
+            their inputs are not in the group.
 
     Returns:
         ``{group: {producer: slots}}``. A slot list of just the producer's own output slot means the whole
         output; otherwise these readers only.
     """
-    fed = {(slot.node, group) for slot, group in plan.groups.items() if slot.path}
+    inputs: dict[str, set[int]] = defaultdict(set)
+    for slot, group in plan.groups.items():
+        if slot.path:
+            inputs[slot.node].add(group)
     entries: dict[int, dict[str, list[Slot]]] = defaultdict(lambda: defaultdict(list))
     for slot, group in plan.groups.items():
-        if not slot.path and (slot.node not in sharing or (slot.node, group) not in fed):
+        if not slot.path and (slot.node not in sharing or inputs[slot.node] != {group}):
             entries[group][slot.node] = [slot]
     for slot, group in plan.groups.items():
         if slot.path:

@@ -1,7 +1,7 @@
 """Put one observer for each group of slots on the edges where its values enter.
 
 Values enter a group where an op with its own range produces them and where a float tensor is quantized.
-Outputs of ops that share their input's qparams lie inside the input's range, so they are not observed again.
+Outputs of ops that share their inputs' qparams lie inside the inputs' range, so they are not observed again.
 Weights are observed once, here; they do not change while calibrating.
 """
 

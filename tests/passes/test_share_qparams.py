@@ -138,6 +138,17 @@ def test_a_small_tensor_that_a_layer_reads_is_not_flattened_by_a_join():
     assert sqnr(expected[:, :4], actual[:, :4]) > 30
 
 
+def test_the_output_of_a_join_is_observed_where_not_all_of_its_inputs_share():
+    def forward(m, x):
+        left, right = m.a(x).chunk(2, 1)
+        return torch.cat([left * 1.0, left, m.b(right) * 0.01], 1)
+
+    model = Lambda(forward, a=conv(), b=conv(2, 2))
+    data = [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    qmodel = fxq.quantize(model, data[:2], progress=False)
+    assert sqnr(model(data[2]).detach(), qmodel(data[2])) > 30
+
+
 def test_cats_of_fixed_members_only():
     module, groups = share(lambda m, x: m.b(torch.cat([torch.sigmoid(m.a(x)), torch.tanh(m.d(x))], 1)[:, :4]))
     assert len({groups[Slot("sigmoid")], groups[Slot("tanh")], groups[Slot("cat")]}) == 3

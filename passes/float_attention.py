@@ -1,0 +1,75 @@
+"""Let attention that is written out run in float: scores, softmax and the weighted sum.
+
+The scores of a hundred tokens span a range that leaves 8 bits too coarse: a step of the exponent is a factor. Of their
+softmax a few values are near 1 and most near 0, and these count, because they are many. ``nn.MultiheadAttention`` is
+taken apart in the same way (:mod:`fxq.passes.expose_projections`); here it is the model itself that calls matmul,
+softmax and matmul. Moves between them are left: with float on both sides they become float by themselves. A softmax
+over a few values, as selects among branches, stays int8.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch.fx import Node
+
+from fxq.graph_module import QuantModule
+from fxq.op_table import Backend, sharing_ends
+from fxq.ops import ADD, DIV, MATMUL, MUL, SOFTMAX, SUB, Dictionary
+from fxq.pass_base import Pass
+from fxq.plan import ATTENTION, QuantPlan
+
+_FEW = 16  # values that a softmax may be over and stay int8
+_MASKING = (ADD, SUB, MUL, DIV)  # scaled, masked, biased
+
+
+class FloatAttention(Pass):
+    """A softmax over many values, what makes its scores and what they weigh."""
+
+    requires = frozenset({"annotated", "facts"})
+
+    def __init__(self, backend: Backend, ops: Dictionary) -> None:
+        self.backend, self.ops = backend, ops
+
+    def run(self, module: QuantModule, plan: QuantPlan) -> int:
+        moving = sharing_ends(plan, self.backend) | {
+            name for name, decision in plan.decisions.items() if decision.reason is not None
+        }
+        delicate: set[Node] = set()
+        for node in module.graph.nodes:
+            if self.ops.op_of(node) is SOFTMAX and self._is_over_many(node, plan):
+                delicate.add(node)
+                self._scores(node, moving, delicate)
+                self._weighted(node, moving, plan, delicate)
+        names = {node.name for node in delicate}
+        dropped = [region for region in plan.regions if region.nodes[0] in names]
+        plan.make_float(dropped, ATTENTION)
+        return len(dropped)
+
+    def _is_over_many(self, softmax: Node, plan: QuantPlan) -> bool:
+        fact, dim = plan.facts.get(softmax.name), SOFTMAX.get(softmax, "dim")
+        return fact is not None and isinstance(dim, int) and fact.shape[dim] > _FEW
+
+    def _scores(self, node: Node, moving: set[str], found: set[Node]) -> None:
+        """Add what computes the scores, back to the product that they are."""
+        for source in node.all_input_nodes:
+            op = self.ops.op_of(source)
+            if op is MATMUL or op in _MASKING:
+                found.add(source)
+            if op is not MATMUL and (op in _MASKING or source.name in moving):
+                self._scores(source, moving, found)  # masked_fill, too, which is no op of the vocabulary
+
+    def _weighted(self, node: Node, moving: set[str], plan: QuantPlan, found: set[Node]) -> None:
+        """Add the products that read the weights, as they are or moved about."""
+        for user in node.users:
+            op = self.ops.op_of(user)
+            if op in (MATMUL, MUL):
+                found.add(user)
+            elif user.name in moving and _as_many(user, node, plan):
+                self._weighted(user, moving, plan, found)
+
+
+def _as_many(user: Node, node: Node, plan: QuantPlan) -> bool:
+    """Whether two nodes have equally many values."""
+    facts = plan.facts.get(user.name), plan.facts.get(node.name)
+    return all(facts) and len({math.prod(fact.shape) for fact in facts if fact}) == 1
