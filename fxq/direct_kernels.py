@@ -40,7 +40,7 @@ class DirectModel:
 
     Each primitive was compared with torch's kernels on the example inputs: integers differ by one at most, where
     the two add in another order and the sum lies next to a tie, and by half a step of the convolution's own output
-    where a residual sum or a hardswish was taken in. What differs by more is not replaced.
+    where a residual sum or an activation was taken in. What differs by more is not replaced.
 
     Attributes:
         convolutions: how many were replaced, linears among them.

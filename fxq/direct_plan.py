@@ -1,6 +1,6 @@
 """Which nodes of a lowered graph a primitive of oneDNN computes, found out by running the graph once.
 
-A convolution takes in the residual sum or hardswish that follows it, if nothing else reads it: there is then no
+A convolution takes in the residual sum or activation that follows it, if nothing else reads it: there is then no
 rounding, and no clipping to the calibrated range, between the two. Every primitive is compared with torch's kernels
 on the example inputs before it is taken.
 """
@@ -29,6 +29,11 @@ _PACKED: _Kernels = {_QUANTIZED.conv2d: None, _QUANTIZED.conv2d_relu: "relu"}
 _LINEAR: _Kernels = {_QUANTIZED.linear: None, _QUANTIZED.linear_relu: "relu"}
 _PACKED_ADD: _Kernels = {_QUANTIZED.conv2d_add: None, _QUANTIZED.conv2d_add_relu: "relu"}
 _ADD: _Kernels = {_QUANTIZED.add: None, _QUANTIZED.add_relu: "relu"}
+# The activation, and how much faster than its input it grows at most.
+_ACTIVATIONS: Mapping[Any, tuple[str, float]] = {
+    _QUANTIZED.hardswish: ("hardswish", 1.5), torch.sigmoid: ("sigmoid", 0.25), F.hardsigmoid: ("hardsigmoid", 1 / 6),
+}  # fmt: skip
+_SILU_SLOPE = 1.1
 _Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, padding, dilation, groups
 _CALLS, _CLEARLY = 8, 1.03  # to compare two kernels; how much longer one must take to be the slower one
 _GATE_PAYS = 64  # channels; of fewer, torch's product of whole rows takes less time
@@ -161,12 +166,14 @@ class Planner(Interpreter):
         clips = kernel is None or bool(kernel.fused)  # what it absorbed would be missing between the two
         if len(n.users) > 1 or clips or spec.activation is not None or tail.all_input_nodes.count(n) > 1:
             return False
-        if tail.target is _QUANTIZED.hardswish:
-            _, scale, zero_point = tail.args
-            whole = spec._replace(output=(scale, zero_point), activation="hardswish")  # type: ignore[arg-type]
-            expected = _Expected(_QUANTIZED.hardswish(value, scale, zero_point), between=value, slope=1.5)
-            return self._take(tail, Convolution(whole, args[0].shape, value.shape), (n.args[0],), (args[0],), expected)
-        return tail.target in _ADD and self._with_residual(n, tail, args[0], value, spec)
+        if tail.target in _ADD:
+            return self._with_residual(n, tail, args[0], value, spec)
+        found = _activated(tail, value)
+        if found is None:
+            return False
+        end, activation, expected = found
+        whole = spec._replace(output=_qparams(expected.value), activation=activation)
+        return self._take(end, Convolution(whole, args[0].shape, value.shape), (n.args[0],), (args[0],), expected)
 
     def _with_residual(self, n: Node, tail: Node, x: torch.Tensor, value: torch.Tensor, spec: ConvSpec) -> bool:
         first, second, scale, zero_point = tail.args
@@ -230,6 +237,22 @@ class _Expected(NamedTuple):
         inside = (between > 0) & (between < 255)
         rounding = self.slope * self.between.q_scale() / self.value.q_scale() / 2
         return bool((difference <= 1 + math.floor(rounding))[inside].all())
+
+
+def _activated(tail: Node, value: torch.Tensor) -> tuple[Node, str, _Expected] | None:
+    """The node at which an activation of a convolution's value ends, the activation and its value."""
+    if tail.target in _ACTIVATIONS:
+        name, slope = _ACTIVATIONS[tail.target]
+        result = tail.target(value, *tail.args[1:])  # type: ignore[operator]
+        return tail, name, _Expected(result, between=value, slope=slope)
+    chain = [tail]
+    for target in (F.silu, torch.quantize_per_tensor):  # in float, for want of an int8 kernel
+        following = list(chain[-1].users)
+        if chain[0].target is not torch.Tensor.dequantize or len(following) > 1 or following[0].target is not target:
+            return None
+        chain += following
+    result = torch.quantize_per_tensor(F.silu(value.dequantize()), *chain[-1].args[1:])  # type: ignore[arg-type]
+    return chain[-1], "swish", _Expected(result, between=value, slope=_SILU_SLOPE)
 
 
 _MAKERS: Mapping[Any, Callable[[Planner, Node, tuple[Any, ...], torch.Tensor], None]] = {

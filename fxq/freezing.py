@@ -69,7 +69,7 @@ def freeze(qmodel: nn.Module, example_inputs: Any, *, form: str | None = None) -
     ``"onednn"``: convolutions, linears, pools and gates become primitives that are called without torch and write to
     one block of memory, whose parts are used again (:mod:`fxq.direct_kernels`); needs ``pip install "fxq[onednn]"``.
     Each of them gives the same integers as torch's kernel but for ties, where it may be one more or less. A residual
-    sum or hardswish is computed in the accumulator of the convolution before it, which is more exact: the rounding
+    sum or activation is computed in the accumulator of the convolution before it, which is more exact: the rounding
     between them, by half a step of that convolution's output, and the clipping to its calibrated range are gone.
     Everything else is the same.
 

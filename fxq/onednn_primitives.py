@@ -24,7 +24,10 @@ _QUERY_WEIGHTS, _QUERY_SCRATCHPAD = 131, 136
 _SRC, _SRC_1, _DST, _WEIGHTS, _BIAS, _SCRATCHPAD = 1, 2, 17, 33, 41, 80
 _SCALES, _ZERO_POINTS, _FIRST_POST_OP = 4096, 8192, 32768
 # algorithm, alpha, beta
-_ACTIVATIONS = {"relu": (0x20, 0.0, 0.0), "swish": (0x2C, 1.0, 0.0), "hardswish": (0x34, 1 / 6, 0.5)}
+_ACTIVATIONS = {
+    "relu": (0x20, 0.0, 0.0), "swish": (0x2C, 1.0, 0.0), "hardswish": (0x34, 1 / 6, 0.5), "sigmoid": (0x29, 0.0, 0.0),
+    "hardsigmoid": (0x28, 1 / 6, 0.5),
+}  # fmt: skip
 
 
 class Primitive:
@@ -134,7 +137,8 @@ class ConvSpec(NamedTuple):
         bias: float32 ``[out]``, or ``None``.
         stride, padding, dilation: one number a dimension.
         input, output: scale and zero_point.
-        activation: ``"relu"``, ``"swish"``, ``"hardswish"`` or ``None``; a relu that saturation does is none.
+        activation: ``"relu"``, ``"swish"``, ``"hardswish"``, ``"sigmoid"``, ``"hardsigmoid"`` or ``None``; a relu that
+            saturation does is none.
         residual: scale and zero_point of what is added before the activation; it lies where the output will.
     """
 

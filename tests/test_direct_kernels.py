@@ -134,7 +134,29 @@ def test_sums_and_activations_are_taken_into_convolutions() -> None:
     assert len(added) == 4  # a, b, c and e or f; the sums after z have no convolution or one with a relu between
     _, direct = both(gates(), 2, 3, 16, 16)
     assert kinds(direct) == {"Convolution": 6, "Gate": 1, "Pool": 3}
-    assert any("hardswish" in name for name in direct._steps)  # in place of the convolution before it
+    assert {"hardswish", "hardsigmoid"} <= direct._steps.keys()  # in place of the convolutions before them
+
+
+def test_an_activation_between_float_nodes_is_taken_in() -> None:
+    """Of images of one pixel silu runs in float, between a dequantize and a quantize."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = m.entry(x)
+        y = m.down(F.adaptive_avg_pool2d(x, 1))
+        return m.exit(x * torch.sigmoid(m.up(F.silu(y)))) + m.also(y)
+
+    model = Lambda(
+        forward, entry=conv(3, 64), down=conv(64, 8, 1), up=conv(8, 64, 1), exit=conv(64, 8, 1), also=conv(8, 8, 1)
+    )
+    qmodel, direct = both(model, 2, 3, 8, 8)
+    names = [k.name for k in qmodel.plan.kernels.values()]
+    assert any("sigmoid" in name for name in names)
+    assert "sigmoid" in direct._steps and "silu_quantize" not in direct._steps  # two read what silu reads
+    model.function = lambda m, x: m.exit((x := m.entry(x)) * torch.sigmoid(m.up(F.silu(m.down(x.mean((2, 3), True))))))
+    qmodel, direct = both(model, 2, 3, 8, 8)
+    assert {"sigmoid", "silu_quantize"} <= direct._steps.keys()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    assert (call(direct, x) - qmodel(x)).abs().max() <= 3 * qmodel(x).abs().max() / 127
 
 
 def test_one_rounding_less_is_closer_to_the_float_model() -> None:

@@ -25,7 +25,10 @@ from fxq.onednn_primitives import (
 
 pytestmark = pytest.mark.skipif(not onednn.is_available(), reason="pip install 'fxq[onednn]' for oneDNN's C API")
 
-ACTIVATIONS = {None: lambda y: y, "relu": torch.relu, "swish": F.silu, "hardswish": F.hardswish}
+ACTIVATIONS = {
+    None: lambda y: y, "relu": torch.relu, "swish": F.silu, "hardswish": F.hardswish, "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+}  # fmt: skip
 
 
 def spec(**changes: Any) -> ConvSpec:
@@ -87,6 +90,8 @@ def run(conv: ConvSpec, x: torch.Tensor) -> torch.Tensor:
         {"activation": "relu"},
         {"activation": "swish"},
         {"activation": "hardswish"},
+        {"activation": "sigmoid", "output": (1 / 256, 0)},
+        {"activation": "hardsigmoid", "output": (1 / 256, 0)},
     ],
     ids=str,
 )
