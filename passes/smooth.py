@@ -31,12 +31,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from torch import nn
 from torch.fx import Node
 
 from fxq.aliases import reads_shape
 from fxq.attention import multihead_attention
 from fxq.config import ResolvedConfig
-from fxq.graph_module import QuantModule, free_path, get_attribute
+from fxq.graph_module import QuantModule, free_path, get_attribute, set_tensor
 from fxq.ops import CONTIGUOUS, FLATTEN, GETITEM, LAYER_NORM, LINEAR, RESHAPE, TRANSPOSE, Dictionary
 from fxq.pass_base import Pass
 from fxq.passes.layer_weights import constant, count_readers, is_shared
@@ -160,6 +161,8 @@ class Smooth(Pass):
         module.add_submodule(path, Smoothing())
         with module.graph.inserting_after(first):
             call = module.graph.create_node("call_module", path, name=f"{first.name}_smoothing")
+        for node in filter(None, parameters):
+            _detach(str(node.target), module)
         with module.graph.inserting_before(call):  # reads of its own: those of the layers come later
             own = [None if node is None else module.graph.get_attr(str(node.target)) for node in parameters]
         first.replace_all_uses_with(call, delete_user_cb=partial(operator.is_not, call))
@@ -174,6 +177,13 @@ def _may_change(node: object, module: QuantModule, readers: Counter[int]) -> boo
         return False
     assert isinstance(node, Node)
     return not is_shared(node, module, readers)
+
+
+def _detach(path: str, module: QuantModule) -> None:
+    """Let a parameter be an object of its own, on the same memory: code around its region may read it, too."""
+    tensor = get_attribute(module, path)
+    made = tensor.detach()
+    set_tensor(module, path, nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made)
 
 
 def _dims(weights: tuple[Any, ...], module: QuantModule) -> list[int]:

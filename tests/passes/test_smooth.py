@@ -233,6 +233,37 @@ def test_a_prepared_model_keeps_what_was_decided():
     assert torch.equal(model.a.weight, prepared.get_parameter("a.weight")) is False
 
 
+class Tied(nn.Module):
+    """Reads one weight in two parts and beside them, and cannot be traced as a whole."""
+
+    class Part(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.norm_weight, self.weight = nn.Parameter(UNEVEN.clone()), weight
+
+        def forward(self, x):
+            return F.linear(F.layer_norm(x, (C,), self.norm_weight), self.weight)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(C, C, generator=torch.Generator().manual_seed(6)))
+        self.first, self.second = self.Part(self.weight), self.Part(self.weight)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(x @ self.weight if x.sum() < 1e9 else x)
+
+
+def test_a_weight_that_others_read_stays_theirs():
+    model = Tied().eval()
+    expected = model(X)
+    prepared = fxq.prepare(model, X)
+    fxq.calibrate(prepared, [X], progress=False)
+    reference = fxq.convert_to_reference(prepared)
+    assert all(region.plan.equalized for region in (reference.first, reference.second))
+    torch.testing.assert_close(prepared(X), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
 def test_zero_channels_get_no_factor():
     model = outlying(lambda m, x: m.a(m.n(x)), n=norm(bias=False), a=nn.Linear(C, 4))
     model.n.weight.data[2] = 0
