@@ -8,6 +8,7 @@ borrowed at the end becomes a copy (:func:`give_back`).
 from __future__ import annotations
 
 import copy
+import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -55,7 +56,7 @@ def _copy_attribute(value: Any, memo: dict[int, Any]) -> Any:
     """Containers are copied, and what they hold of tensors, as recurrent layers keep them, and of modules, as models do
     that call their parts in another order than they registered them.
     """
-    if isinstance(value, list):
+    if type(value) is list:
         return [_copy_item(item, memo) for item in value]
     if type(value) is tuple:
         return tuple(_copy_item(item, memo) for item in value)
@@ -67,7 +68,7 @@ def _copy_attribute(value: Any, memo: dict[int, Any]) -> Any:
 def _copy_item(item: Any, memo: dict[int, Any]) -> Any:
     if isinstance(item, torch.Tensor):
         return copy_tensor(item, memo)
-    return copy_structure(item, memo) if isinstance(item, nn.Module) else item
+    return copy_structure(item, memo) if isinstance(item, nn.Module) else _copy_attribute(item, memo)
 
 
 def replace_listed(module: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
@@ -75,10 +76,23 @@ def replace_listed(module: nn.Module, replaced: Mapping[int, nn.Module]) -> None
     modules whose places these took.
     """
     for name, value in vars(module).items():
-        if type(value) in (list, tuple) and any(id(item) in replaced for item in value):
-            vars(module)[name] = type(value)(replaced.get(id(item), item) for item in value)
-        elif type(value) is dict and name not in _TABLES and any(id(item) in replaced for item in value.values()):
-            vars(module)[name] = {key: replaced.get(id(item), item) for key, item in value.items()}
+        if name not in _TABLES:
+            vars(module)[name] = _with_replaced(value, replaced)
+
+
+def _with_replaced(value: Any, replaced: Mapping[int, nn.Module]) -> Any:
+    """A container with other modules in it, itself where it has none to replace."""
+    if type(value) in (list, tuple):
+        items = [_replaced(item, replaced) for item in value]
+        return value if all(map(operator.is_, items, value)) else type(value)(items)
+    if type(value) is dict:
+        items = [_replaced(item, replaced) for item in value.values()]
+        return value if all(map(operator.is_, items, value.values())) else dict(zip(value, items, strict=True))
+    return value
+
+
+def _replaced(item: Any, replaced: Mapping[int, nn.Module]) -> Any:
+    return replaced[id(item)] if id(item) in replaced else _with_replaced(item, replaced)
 
 
 def copy_tensor(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:

@@ -686,17 +686,21 @@ def test_a_lowered_model_keeps_its_reference() -> None:
 
 
 class Listed(nn.Module):
-    """Calls its parts from a plain list, a tuple and a dict, in another order than it registers them."""
+    """Calls its parts from a list, a tuple with a list in it and a dict, in another order than it registers them."""
 
     def __init__(self):
         super().__init__()
         layers = [nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)]
         for number, layer in enumerate(layers):
             self.add_module(f"layer{number}", layer)
-        self.reverse, self.pair, self.named = [layers[2]], (layers[0], layers[1]), {"last": layers[3]}
+        self.reverse, self.pair, self.named = [layers[2]], (layers[0], [layers[1]]), {"last": layers[3]}
+
+    def listed(self):
+        first, (second,) = self.pair
+        return *self.reverse, first, second, self.named["last"]
 
     def forward(self, x):
-        for layer in (*self.reverse, *self.pair, self.named["last"]):
+        for layer in self.listed():
             x = layer(x).relu() if x.sum() < 1e9 else x
         return x
 
@@ -706,7 +710,7 @@ def test_parts_that_are_called_from_lists(inside, tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 3, 1), Listed()).eval() if inside else Listed().eval()
     listed = model[1] if inside else model
-    kept = [*listed.reverse, *listed.pair, *listed.named.values()]
+    kept = listed.listed()
     x = torch.randn(2, 3, 12, 12)
     prepared = quiet(fxq.prepare, model, x)
     fxq.calibrate(prepared, [x])
@@ -717,8 +721,9 @@ def test_parts_that_are_called_from_lists(inside, tmp_path):
             assert len(regions_of(made)) == (5 if inside else 4)
             assert "multiply-accumulates in int8  100.0%" in fxq.summary(made)
             assert 25 < sqnr(model(x), made(x)) < 60
-    assert all(a is b for a, b in zip(kept, [*listed.reverse, *listed.pair, *listed.named.values()], strict=True))
-    assert not set(map(id, prepared.modules())) & set(map(id, model.modules()))
+    assert all(a is b for a, b in zip(kept, listed.listed(), strict=True))
+    copied = prepared[1] if isinstance(prepared, nn.Sequential) else getattr(prepared, "1", prepared)
+    assert not set(map(id, [*prepared.modules(), *copied.listed()])) & set(map(id, model.modules()))
 
 
 class Several(nn.Module):
