@@ -8,7 +8,7 @@ come at once, and share the primitives and weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from fxq.backends.kernels import conv_pointwise, multiply, narrow_max_pool2d
 from fxq.buffer_plan import ALIGNMENT, Span, place
-from fxq.direct_plan import Planner, Step, integers
+from fxq.direct_plan import PACKED_ADD, Planner, Step, integers
 from fxq.engine import running
 from fxq.errors import BackendError
 from fxq.graph_module import QuantModule
@@ -30,8 +30,8 @@ from fxq.onednn_primitives import Convolution, PrimitiveCall, dense_strides
 _FRESH = {
     *(getattr(torch.ops.quantized, name) for name in ("linear", "linear_relu", "add", "add_relu", "mul", "cat",
                                                       "hardswish", "conv2d", "conv2d_relu")),
-    torch.max_pool2d, torch.quantize_per_tensor, torch.Tensor.dequantize, conv_pointwise, multiply, narrow_max_pool2d,
-    as_uint8,
+    torch.max_pool2d, torch.quantize_per_tensor, torch.Tensor.dequantize, torch.clone, conv_pointwise, multiply,
+    narrow_max_pool2d, as_uint8,
 }  # fmt: skip
 
 
@@ -86,6 +86,7 @@ class DirectModel:
             node.args, node.kwargs = (*sources, *residual), {}
         for node, step in steps.items():
             steps[node] = _typed(node, step)
+        _keep_scales(graph)
         graph.eliminate_dead_code()
         _place_calls(graph, {node: step for node, step in steps.items() if node in set(graph.nodes)})
         return fx.GraphModule(self._model, graph).forward
@@ -114,6 +115,13 @@ def _typed(node: Node, step: Step) -> Step:
         view.replace_all_uses_with(node)
     _, scale, zero_point = views[0].args
     return step._replace(qparams=(scale, zero_point))  # type: ignore[arg-type]
+
+
+def _keep_scales(graph: fx.Graph) -> None:
+    """Let torch's own sums in place write to copies: they give the tensor their scale, and those here are made once."""
+    for node in [node for node in graph.nodes if node.target in PACKED_ADD]:
+        with graph.inserting_before(node):
+            node.update_arg(1, graph.call_function(torch.clone, (node.args[1],)))
 
 
 def _place_calls(graph: fx.Graph, steps: Mapping[Node, Step]) -> None:
@@ -167,7 +175,7 @@ def _homes(graph: fx.Graph, steps: Mapping[Node, Step]) -> dict[Node, Node]:
     homes: dict[Node, Node] = {}
     for node in (node for node in graph.nodes if node in steps):
         *sources, residual = node.args
-        takes_over = steps[node].residual is not None and residual in steps and residual not in sources
+        takes_over = steps[node].residual is not None and residual in steps and residual not in _viewed(sources)
         homes[node] = homes[residual] if takes_over and last[residual] == order[node] else node
     return homes
 
@@ -189,7 +197,22 @@ def _last_reads(graph: fx.Graph, order: Mapping[Node, int]) -> dict[Node, int]:
     for node in reversed(graph.nodes):
         reads = [order[node]]
         for user in node.users:
-            own = user.op == "call_function" and (isinstance(user.target, Step) or user.target in _FRESH)
-            reads.append(order[user] if own else last[user])
+            reads.append(order[user] if _is_fresh(user) else last[user])
         last[node] = max(reads)
     return last
+
+
+def _viewed(nodes: Iterable[Node]) -> set[Node]:
+    """Some nodes and all whose memory they may be views of."""
+    found: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [] if _is_fresh(node) else node.all_input_nodes
+    return found
+
+
+def _is_fresh(node: Node) -> bool:
+    return node.op == "call_function" and (isinstance(node.target, Step) or node.target in _FRESH)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from fxq.aliases import shape_values
 from fxq.backends.kernels import conv_pointwise, multiply, narrow_max_pool2d
 from fxq.graph_module import REFERENCE, QuantModule
 from fxq.interpreter import Interpreter
@@ -27,7 +28,7 @@ _QUANTIZED = torch.ops.quantized
 _Kernels = Mapping[Any, str | None]  # and the activation of each
 _PACKED: _Kernels = {_QUANTIZED.conv2d: None, _QUANTIZED.conv2d_relu: "relu"}
 _LINEAR: _Kernels = {_QUANTIZED.linear: None, _QUANTIZED.linear_relu: "relu"}
-_PACKED_ADD: _Kernels = {_QUANTIZED.conv2d_add: None, _QUANTIZED.conv2d_add_relu: "relu"}
+PACKED_ADD: _Kernels = {_QUANTIZED.conv2d_add: None, _QUANTIZED.conv2d_add_relu: "relu"}
 _ADD: _Kernels = {_QUANTIZED.add: None, _QUANTIZED.add_relu: "relu"}
 # The activation, and how much faster than its input it grows at most.
 _ACTIVATIONS: Mapping[Any, tuple[str, float]] = {
@@ -62,7 +63,7 @@ class Planner(Interpreter):
 
     Attributes:
         steps: by the name of the node whose value a primitive gives.
-        numbers: values of nodes that are no tensors but numbers, which inputs of one shape fix.
+        numbers: values of nodes that are no tensors but numbers computed from shapes, which inputs of one shape fix.
     """
 
     def __init__(self, model: QuantModule) -> None:
@@ -72,6 +73,7 @@ class Planner(Interpreter):
         self.stream = library().stream()
         self.steps: dict[str, Step] = {}
         self.numbers: dict[str, int | float | bool] = {}
+        self._of_shapes = shape_values(model.graph)
         self._overwritten: torch.Tensor | None = None
 
     @property
@@ -80,11 +82,11 @@ class Planner(Interpreter):
         return found
 
     def run_node(self, n: Node) -> Any:
-        if n.target in _PACKED_ADD:
+        if n.target in PACKED_ADD:
             args, _ = self.fetch_args_kwargs_from_env(n)
             self._overwritten = args[1].clone()
         value = super().run_node(n)
-        if n.op.startswith("call_") and isinstance(value, (int, float, bool)):
+        if n in self._of_shapes and isinstance(value, (int, float, bool)):
             self.numbers[n.name] = value
         elif isinstance(value, torch.Tensor) and value.dim() in (2, 4) and value.numel() and n.name not in self.steps:
             make = _MAKERS.get(n.target)
@@ -110,7 +112,7 @@ class Planner(Interpreter):
     def packed_convolution_add(self, n: Node, args: tuple[Any, ...], value: torch.Tensor) -> None:
         x, _, packed, *_ = args
         residual, self._overwritten = self._overwritten, None  # the kernel gave its own scale to the tensor, too
-        spec = _packed_spec(x, packed, _qparams(value), _PACKED_ADD[n.target])
+        spec = _packed_spec(x, packed, _qparams(value), PACKED_ADD[n.target])
         if spec is not None and residual is not None and n.args[0] is not n.args[1]:
             spec = spec._replace(residual=_qparams(residual))
             expected = _Expected(value, residual=residual)
@@ -257,7 +259,7 @@ def _activated(tail: Node, value: torch.Tensor) -> tuple[Node, str, _Expected] |
 
 _MAKERS: Mapping[Any, Callable[[Planner, Node, tuple[Any, ...], torch.Tensor], None]] = {
     **dict.fromkeys(_PACKED, Planner.packed_convolution),
-    **dict.fromkeys(_PACKED_ADD, Planner.packed_convolution_add),
+    **dict.fromkeys(PACKED_ADD, Planner.packed_convolution_add),
     conv_pointwise: Planner.plain_convolution,
     **dict.fromkeys(_LINEAR, Planner.linear),
     **dict.fromkeys((torch.max_pool2d, narrow_max_pool2d), Planner.max_pool),

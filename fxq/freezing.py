@@ -23,6 +23,7 @@ from fxq.plan import Stage
 from fxq.timing import measure
 
 _SECONDS = 0.5  # to time each form
+_VALUES_AS_NUMBERS = frozenset({"item", "tolist"})
 _WARM_UP = 3  # calls until TorchScript's executor has specialized the graph
 
 
@@ -85,7 +86,8 @@ def freeze(qmodel: nn.Module, example_inputs: Any, *, form: str | None = None) -
         Where ``qmodel`` was quantized in regions, a copy of it with each region frozen for the first inputs it gets.
 
     Raises:
-        StageError: if ``qmodel`` is not lowered, or calls a module that decides by the values it is given.
+        StageError: if ``qmodel`` is not lowered; for ``"torchscript"``, which is always made but for another ``form``,
+            if it calls a module that decides by the values it is given, or takes numbers from values (``item``).
         BackendError: if torch's frozen graph gives other numbers, or if no layer can be called directly.
         ConfigError: for an unknown form.
         MissingDependencyError: for ``"onednn"`` if it is not installed.
@@ -194,13 +196,17 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _require_no_decisions(model: nn.Module, caught: list[warnings.WarningMessage]) -> None:
-    """Raise StageError if a module inside that torch.fx could not trace decides by values: one way was recorded."""
-    leaves = [
-        str(node.target)
-        for region in regions_of(model).values()
-        for node in region.graph.nodes
-        if node.op == "call_module"
-    ]
+    """Raise StageError where a recorded run does not stand for all: if the graph takes numbers from values, or a module
+    inside that torch.fx could not trace decides by them.
+    """
+    nodes = [node for region in regions_of(model).values() for node in region.graph.nodes]
+    takes = [node.name for node in nodes if node.op == "call_method" and node.target in _VALUES_AS_NUMBERS]
+    if takes:
+        raise StageError(
+            f"'{takes[0]}' takes numbers from the values of a tensor, which would be constants in one recorded run; "
+            f"use form='onednn', or the model as it is"
+        )
+    leaves = [str(node.target) for node in nodes if node.op == "call_module"]
     decides = [entry for entry in caught if issubclass(entry.category, TracerWarning)]
     if leaves and decides:
         raise StageError(

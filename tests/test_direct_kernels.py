@@ -208,6 +208,37 @@ def test_a_sum_that_differs_stays_torchs(backend: str, monkeypatch: pytest.Monke
     assert (call(direct, x) - qmodel(x)).abs().max() <= 1.5 * step
 
 
+def test_torchs_sum_in_place_leaves_the_scales_of_primitives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(direct_plan._MAKERS, torch.ops.quantized.conv2d_add, lambda *_: None)
+    model = Lambda(lambda m, x: m.a(x) + m.b(torch.relu(m.c(x))), a=conv(3, 8), b=conv(8, 8), c=conv(3, 8))
+    qmodel, direct = both(model, 1, 3, 8, 8, backend="onednn")
+    assert direct.convolutions == 2 and any("conv2d_add" in str(node.target) for node in qmodel.graph.nodes)
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    step = (qmodel(x).max() - qmodel(x).min()) / 255
+    for _ in range(3):
+        assert (call(direct, x) - qmodel(x)).abs().max() <= 2 * step
+
+
+def test_a_convolution_that_reads_a_view_of_the_residual_does_not_write_over_it() -> None:
+    """The rows that it reads of one image lie dense, so that they are read where they are."""
+    model = Lambda(lambda m, x: (y := m.a(x)) + m.b(y[:, :, :6]), a=conv(3, 8), b=nn.Conv2d(8, 8, 3, padding=(2, 1)))
+    qmodel, direct = both(model, 1, 3, 8, 8)
+    assert any(step.residual for step in direct._steps.values())
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(4))  # calibrated with it
+    step = (qmodel(x).max() - qmodel(x).min()) / 255
+    assert (call(direct, x) - qmodel(x)).abs().max() <= 2 * step
+
+
+def test_numbers_taken_from_values_are_taken_at_each_call() -> None:
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        largest = x.abs().max().item()
+        return m.a(x / largest) * largest
+
+    qmodel, direct = both(Lambda(forward, a=conv(3, 8)), 1, 3, 8, 8)
+    x = 5 * torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert (call(direct, x) - qmodel(x)).abs().max() <= 0.02 * qmodel(x).abs().max()
+
+
 def test_a_kernel_that_takes_longer_than_torchs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct_plan, "slower", lambda call, other: call().shape == other().shape)
     model = Lambda(lambda m, x: (y := m.a(x)) + m.b(m.d(y)), a=conv(3, 8), b=conv(8, 8), d=conv(8, 8, groups=8))

@@ -192,6 +192,20 @@ def test_refuses_a_module_that_decides_by_values() -> None:
         fxq.freeze(qmodel, torch.randn(1, 3, 8, 8))
 
 
+def test_refuses_numbers_taken_from_values() -> None:
+    class Normalizes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x / x.abs().max().item())
+
+    qmodel = quantized(Normalizes(), 1, 3, 8, 8)
+    with pytest.raises(StageError, match="'item' takes numbers from the values"):
+        fxq.freeze(qmodel, torch.randn(1, 3, 8, 8))
+
+
 @needs_onednn
 def test_the_faster_form_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     qmodel, x = quantized(Net(), 1, 3, 16, 16), torch.randn(1, 3, 16, 16)
