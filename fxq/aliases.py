@@ -26,6 +26,7 @@ from fxq.ops import (
 
 SHAPE_METHODS = frozenset({"size", "dim", "numel", "nelement", "ndimension"})
 SHAPE_ATTRIBUTES = frozenset({"shape", "ndim"})
+_VALUE_METHODS = frozenset({"item", "tolist"})
 
 _VIEWS = (CHUNK, CONTIGUOUS, DROPOUT, FLATTEN, GETITEM, PERMUTE, RESHAPE, SPLIT, SQUEEZE, TRANSPOSE, UNSQUEEZE)
 _VIEW_METHODS = frozenset({
@@ -50,6 +51,11 @@ def reads_shape(node: Node) -> bool:
     if node.op == "call_method":
         return node.target in SHAPE_METHODS
     return node.op == "call_function" and node.target is getattr and node.args[1] in SHAPE_ATTRIBUTES
+
+
+def reads_values(node: Node) -> bool:
+    """Whether a node takes numbers from the values of a tensor; in a recorded run they would be constants."""
+    return node.op == "call_method" and node.target in _VALUE_METHODS
 
 
 def shape_values(graph: fx.Graph) -> set[Node]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.jit._trace import TracerWarning
 from torch.utils import _pytree as pytree
 
+from fxq.aliases import reads_values
 from fxq.api import as_inputs
 from fxq.direct_kernels import DirectModel
 from fxq.engine import running
@@ -23,7 +24,6 @@ from fxq.plan import Stage
 from fxq.timing import measure
 
 _SECONDS = 0.5  # to time each form
-_VALUES_AS_NUMBERS = frozenset({"item", "tolist"})
 _WARM_UP = 3  # calls until TorchScript's executor has specialized the graph
 
 
@@ -200,7 +200,7 @@ def _require_no_decisions(model: nn.Module, caught: list[warnings.WarningMessage
     inside that torch.fx could not trace decides by them.
     """
     nodes = [node for region in regions_of(model).values() for node in region.graph.nodes]
-    takes = [node.name for node in nodes if node.op == "call_method" and node.target in _VALUES_AS_NUMBERS]
+    takes = [node.name for node in nodes if reads_values(node)]
     if takes:
         raise StageError(
             f"'{takes[0]}' takes numbers from the values of a tensor, which would be constants in one recorded run; "

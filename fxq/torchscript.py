@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.fx import Node
 
+from fxq.aliases import reads_values
 from fxq.api import lower
 from fxq.backends import get_backend
 from fxq.backends.kernels import PackedConv
@@ -51,7 +52,8 @@ def to_torchscript(model: nn.Module, example_inputs: Any = None, path: str | Pat
 
     Raises:
         StageError: if the model is not quantized.
-        FxqError: for a model in regions, a layer that needs a second engine, or a file that cannot be written.
+        FxqError: for a model in regions or one that takes numbers from values (``item``), a layer that needs a second
+            engine, or a file that cannot be written.
 
     Example:
         >>> fxq.to_torchscript(qmodel, path="model.pt")                               # doctest: +SKIP
@@ -67,6 +69,11 @@ def to_torchscript(model: nn.Module, example_inputs: Any = None, path: str | Pat
     lowered = lower(reference, for_one_engine(table or get_backend(reference.plan.backend)))
     assert isinstance(lowered, QuantModule)
     for node in lowered.graph.nodes:
+        if reads_values(node):
+            raise FxqError(
+                f"'{node.name}' takes numbers from the values of a tensor, which would be constants in TorchScript; "
+                f"use fxq.to_exported_program, or fxq.save"
+            )
         if node.target is as_quantized:  # a view, in which tracing would record the example's sizes
             node.target = torch._make_per_tensor_quantized_tensor
     inputs = inputs_of(reference) if example_inputs is None else example_inputs

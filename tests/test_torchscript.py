@@ -162,3 +162,10 @@ def test_a_list_for_an_input_is_refused() -> None:
     prepared([x, x])
     with pytest.raises(FxqError, match=r"Head takes 1 inputs \(levels\), of which 0 are tensors"):
         fxq.to_torchscript(fxq.convert(prepared))
+
+
+def test_numbers_taken_from_values_are_refused() -> None:
+    model = Lambda(lambda m, x: m.a(x / x.abs().max().item()), a=nn.Conv2d(3, 4, 1))
+    qmodel = fxq.quantize(model, [torch.randn(1, 3, 8, 8)], progress=False)
+    with pytest.raises(FxqError, match=r"'item' takes numbers from the values"):
+        fxq.to_torchscript(qmodel)
