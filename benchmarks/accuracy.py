@@ -26,6 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 import fxq
+from fxq import onednn
 from fxq.backends import get_backend
 from fxq.numerics import sqnr
 from fxq.observers import OBSERVERS
@@ -43,8 +44,14 @@ def _peer(quantize: Callable[..., nn.Module], **options: Any) -> Method:
     return lambda model, batches: quantize(model, batches, **options)
 
 
+def _fxq_frozen(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
+    """Where oneDNN's C API is installed, in the form that uses it: the other has the numbers of ``fxq x86``."""
+    return fxq.freeze(_fxq()(model, batches), batches[0], form="onednn" if onednn.is_available() else None)
+
+
 METHODS: dict[str, Method] = {
     "fxq x86": _fxq(),
+    "fxq x86 frozen": _fxq_frozen,
     "fxq fbgemm": _fxq(backend="fbgemm"),
     "fxq onednn": _fxq(backend="onednn"),
     "fxq qnnpack": _fxq(backend="qnnpack"),
