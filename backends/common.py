@@ -18,6 +18,7 @@ from fxq.backends.kernels import (
     EngineChoice,
     Keep,
     MaxPool2d,
+    Mean,
     PackedConv,
     PackedLinear,
     PlainConv,
@@ -201,7 +202,7 @@ AVERAGING = (
     _average(ops.ADAPTIVE_AVG_POOL1D),
     _average(ops.ADAPTIVE_AVG_POOL2D),
     _average(ops.ADAPTIVE_AVG_POOL3D),
-    _average(ops.MEAN, checks.dims_given),
+    OpRow("mean", ops.MEAN, Mean(), out=Out.SHARE, averages=True, check=checks.dims_given),
     _average(ops.INTERPOLATE, checks.interpolation),
 )
 

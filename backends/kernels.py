@@ -286,6 +286,23 @@ class Keep:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """``aten::mean``, where torch's kernel works."""
+
+    kernel: str = "aten::mean"
+
+    def __call__(self, e: Emission) -> Node:
+        return e.call(mean, e.input("input"), e.get("dim"), e.get("keepdim"))
+
+
+def mean(x: torch.Tensor, dim: Any, keepdim: bool) -> torch.Tensor:
+    """``torch.mean``, which fails on channels_last images of one pixel or channel unless it keeps the dimensions."""
+    if keepdim or x.dim() < 4 or not x.is_contiguous():
+        return torch.mean(x, dim, keepdim)
+    return torch.mean(x, dim, True).squeeze(dim)
+
+
+@dataclass(frozen=True)
 class MaxPool2d:
     """``aten::max_pool2d``; in two steps for images of few channels."""
 

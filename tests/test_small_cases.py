@@ -210,6 +210,10 @@ CASES = {
     "padding same": Case(lambda m, x: m.a(x), {"a": nn.Conv2d(3, 4, 3, padding="same")}, 1),
     "adaptive max pool": two_convs(lambda m, y: F.adaptive_max_pool2d(y, 4)),
     "max unpool": Case(unpooled, {"a": conv(3, 4), "b": conv(4, 4)}, 2),
+    "mean over one pixel": Case(
+        lambda m, x: m.fc(m.a(x).mean((2, 3))), {"a": conv(3, 4), "fc": nn.Linear(4, 5)}, 2, shape=(2, 3, 1, 1)
+    ),
+    "mean of one channel": Case(lambda m, x: m.fc(m.a(x).mean((2, 3))), {"a": conv(3, 1), "fc": nn.Linear(1, 5)}, 2),
     "mean over pixels": Case(lambda m, x: m.fc(m.a(x).mean((2, 3))), {"a": conv(3, 4), "fc": nn.Linear(4, 5)}, 2),
     "channel shuffle": two_convs(shuffled),
     "chunk and cat": Case(chunked, {"a": conv(3, 4), "b": conv(2, 2)}, 2),
