@@ -71,6 +71,9 @@ class DirectModel:
         finally:
             self._idle.append(run)
 
+    def __deepcopy__(self, memo: Mapping[int, Any]) -> DirectModel:
+        return self  # it never changes, and primitives cannot be copied
+
     def _copy(self) -> Callable[..., Any]:
         graph = fx.Graph(tracer_cls=self._model.graph._tracer_cls)
         copies: dict[Node, Node] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 
@@ -97,6 +98,13 @@ def test_results_of_earlier_calls_stay(form: str) -> None:
     copy = result.clone()
     frozen(second)
     assert torch.equal(result, copy)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_copies_give_the_same_numbers(form: str) -> None:
+    x = torch.randn(1, 3, 16, 16)
+    frozen = fxq.freeze(quantized(Net(), 1, 3, 16, 16), x, form=form)
+    assert torch.equal(copy.deepcopy(frozen)(x), frozen(x))
 
 
 @pytest.mark.parametrize("form", FORMS)
