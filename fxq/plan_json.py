@@ -99,7 +99,7 @@ def decode_plan(record: dict[str, Any]) -> QuantPlan:
         notes=_list(record["notes"]),
         macs=dict(record["macs"]),
         attributes=decode_value(record["attributes"], {}),
-        described=_decode_facts(record.get("described", {})),
+        described=_decode_facts(record.get("described", {})),  # files of before have none
         weight_bytes=(record["weight_bytes"][0], record["weight_bytes"][1]),
         untraceable=dict(record["untraceable"]),
         equalized=[Equalized(first, second, tuple(scale)) for first, second, scale in record["equalized"]],

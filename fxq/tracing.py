@@ -177,8 +177,10 @@ class Tracer(fx.Tracer):
         rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
         if rest is not None:
             count = max(len(self.inputs) - len(positional), 0)
+            optional = any(parameter.default is not parameter.empty for parameter in positional)
+            default = None if optional else inspect.Parameter.empty  # nothing can be required after an optional one
             positional += [
-                inspect.Parameter(f"{rest}_{number}", inspect.Parameter.POSITIONAL_ONLY, default=None)
+                inspect.Parameter(f"{rest}_{number}", inspect.Parameter.POSITIONAL_ONLY, default=default)
                 for number in range(count)
             ]
         named = positional + [p for p in parameters if p.kind is p.KEYWORD_ONLY]
