@@ -91,7 +91,7 @@ class DirectModel:
             steps[node] = _typed(node, step)
         _keep_scales(graph)
         graph.eliminate_dead_code()
-        _place_calls(graph, {node: step for node, step in steps.items() if node in set(graph.nodes)})
+        _place_calls(graph, {node: steps[node] for node in graph.nodes if node in steps})
         return fx.GraphModule(self._model, graph).forward
 
 
@@ -128,9 +128,11 @@ def _keep_scales(graph: fx.Graph) -> None:
 
 
 def _place_calls(graph: fx.Graph, steps: Mapping[Node, Step]) -> None:
-    """Give every step its place in memory and make it a call."""
-    homes = _homes(graph, steps)
-    spans = {home: Span(*span, math.prod(steps[home].shape)) for home, span in _lifetimes(graph, homes).items()}
+    """Give every step its place in memory and make it a call; ``steps`` are in the order of the graph."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    last = _last_reads(graph, order)
+    homes = _homes(steps, order, last)
+    spans = {home: Span(*span, math.prod(steps[home].shape)) for home, span in _lifetimes(homes, order, last).items()}
     offsets, size = place(list(spans.values()))
     arena = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
     start = -arena.data_ptr() % ALIGNMENT
@@ -138,11 +140,10 @@ def _place_calls(graph: fx.Graph, steps: Mapping[Node, Step]) -> None:
     scratchpad = torch.empty(max(step.primitive.scratchpad for step in steps.values()), dtype=torch.uint8)
     outputs: dict[Node, torch.Tensor] = {}
     stream = library().stream()
-    for node in (node for node in graph.nodes if node in steps):
-        step = steps[node]
+    for node, step in steps.items():
         outputs[node] = out = _view(arena, start + places[homes[node]], step)
-        count = len(step.sources)
-        fixed = [outputs.get(source) for source in node.args[:count]]
+        sources: tuple[Any, ...] = node.args[: len(step.sources)]
+        fixed = [outputs.get(source) for source in sources]
         call = PrimitiveCall(step.primitive, out, stream, fixed, scratchpad)
         moved = step.residual is not None and homes[node] is node
         node.target = _AddTo(call, _view(arena, start + places[node], step._replace(qparams=None))) if moved else call
@@ -171,22 +172,21 @@ class _AddTo:
         return self._call(*inputs)
 
 
-def _homes(graph: fx.Graph, steps: Mapping[Node, Step]) -> dict[Node, Node]:
+def _homes(steps: Mapping[Node, Step], order: Mapping[Node, int], last: Mapping[Node, int]) -> dict[Node, Node]:
     """For each step the one whose place it takes: its own, or that of the residual it is the last to read."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    last = _last_reads(graph, order)
     homes: dict[Node, Node] = {}
-    for node in (node for node in graph.nodes if node in steps):
-        *sources, residual = node.args
-        takes_over = steps[node].residual is not None and residual in steps and residual not in _viewed(sources)
+    for node, step in steps.items():
+        arguments: tuple[Any, ...] = node.args
+        *sources, residual = arguments
+        takes_over = step.residual is not None and residual in steps and residual not in _viewed(sources)
         homes[node] = homes[residual] if takes_over and last[residual] == order[node] else node
     return homes
 
 
-def _lifetimes(graph: fx.Graph, homes: Mapping[Node, Node]) -> dict[Node, tuple[int, int]]:
+def _lifetimes(
+    homes: Mapping[Node, Node], order: Mapping[Node, int], last: Mapping[Node, int]
+) -> dict[Node, tuple[int, int]]:
     """First and last step at which each place is in use."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    last = _last_reads(graph, order)
     found: dict[Node, tuple[int, int]] = {}
     for node, home in homes.items():
         start, end = found.get(home, (order[node], last[node]))
