@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import enum
 import itertools
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -277,6 +277,12 @@ class QuantPlan:
         self.decisions.update(dict.fromkeys(names, float_decision(reason, detail)))
         self.specs = {slot: spec for slot, spec in self.specs.items() if slot.node not in names}
         self.groups = {slot: group for slot, group in self.groups.items() if slot.node not in names}
+
+    def make_float_at(self, roots: Container[str], reason: Reason) -> int:
+        """Take the regions that begin at some nodes out of int8; returns how many."""
+        dropped = [region for region in self.regions if region.nodes[0] in roots]
+        self.make_float(dropped, reason)
+        return len(dropped)
 
     def forget(self, name: str) -> None:
         """Drop what is known of a node that a pass erased."""

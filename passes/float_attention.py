@@ -10,6 +10,7 @@ over a few values, as selects among branches, stays int8.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 from torch.fx import Node
 
@@ -38,35 +39,48 @@ class FloatAttention(Pass):
         delicate: set[Node] = set()
         for node in module.graph.nodes:
             if self.ops.op_of(node) is SOFTMAX and self._is_over_many(node, plan):
-                delicate.add(node)
-                self._scores(node, moving, delicate)
-                self._weighted(node, moving, plan, delicate)
-        names = {node.name for node in delicate}
-        dropped = [region for region in plan.regions if region.nodes[0] in names]
-        plan.make_float(dropped, ATTENTION)
-        return len(dropped)
+                delicate |= {node, *self._scores(node, moving), *self._weighted(node, moving, plan)}
+        return plan.make_float_at({node.name for node in delicate}, ATTENTION)
 
     def _is_over_many(self, softmax: Node, plan: QuantPlan) -> bool:
         fact, dim = plan.facts.get(softmax.name), SOFTMAX.get(softmax, "dim")
         return fact is not None and isinstance(dim, int) and fact.shape[dim] > _FEW
 
-    def _scores(self, node: Node, moving: set[str], found: set[Node]) -> None:
-        """Add what computes the scores, back to the product that they are."""
-        for source in node.all_input_nodes:
-            op = self.ops.op_of(source)
-            if op is MATMUL or op in _MASKING:
-                found.add(source)
-            if op is not MATMUL and (op in _MASKING or source.name in moving):
-                self._scores(source, moving, found)  # masked_fill, too, which is no op of the vocabulary
+    def _scores(self, softmax: Node, moving: set[str]) -> set[Node]:
+        """What computes the scores, back to the product that they are."""
 
-    def _weighted(self, node: Node, moving: set[str], plan: QuantPlan, found: set[Node]) -> None:
-        """Add the products that read the weights, as they are or moved about."""
-        for user in node.users:
-            op = self.ops.op_of(user)
-            if op in (MATMUL, MUL):
-                found.add(user)
-            elif user.name in moving and _as_many(user, node, plan):
-                self._weighted(user, moving, plan, found)
+        def sources(node: Node) -> Iterator[Node]:
+            for source in node.all_input_nodes:
+                op = self.ops.op_of(source)
+                if op is MATMUL or op in _MASKING or source.name in moving:  # masked_fill, too, which is no known op
+                    yield source
+
+        reached = _reached(softmax, sources, lambda node: self.ops.op_of(node) is MATMUL)
+        return {node for node in reached if self.ops.op_of(node) in (MATMUL, *_MASKING)}
+
+    def _weighted(self, softmax: Node, moving: set[str], plan: QuantPlan) -> set[Node]:
+        """The products that read the weights, as they are or moved about."""
+
+        def readers(node: Node) -> Iterator[Node]:
+            for user in node.users:
+                moved = user.name in moving and _as_many(user, node, plan)
+                if self.ops.op_of(user) in (MATMUL, MUL) or moved:
+                    yield user
+
+        reached = _reached(softmax, readers, lambda node: self.ops.op_of(node) in (MATMUL, MUL))
+        return {node for node in reached if self.ops.op_of(node) in (MATMUL, MUL)}
+
+
+def _reached(start: Node, following: Callable[[Node], Iterator[Node]], ends: Callable[[Node], bool]) -> set[Node]:
+    """What is reached from a node, each visited once, not going on behind an end."""
+    found: set[Node] = set()
+    waiting = [start]
+    while waiting:
+        for node in following(waiting.pop()):
+            if node not in found:
+                found.add(node)
+                waiting += [] if ends(node) else [node]
+    return found
 
 
 def _as_many(user: Node, node: Node, plan: QuantPlan) -> bool:

@@ -17,7 +17,7 @@ from fxq.graph_module import QuantModule
 from fxq.op_table import Backend, sharing_ends
 from fxq.ops import ADD, CAT, LAYER_NORM, MUL, Dictionary
 from fxq.pass_base import Pass
-from fxq.plan import JOINED, RESIDUAL, QuantPlan, Reason, Status
+from fxq.plan import JOINED, RESIDUAL, QuantPlan, Status
 
 
 class FloatResiduals(Pass):
@@ -43,17 +43,11 @@ class FloatResiduals(Pass):
             if self.ops.op_of(node) is MUL and node.users and all(user in sums for user in node.users)
         }
         joins = {node for node in normed if self.ops.op_of(node) is CAT}
-        return _make_float(sums | factors, RESIDUAL, plan) + _make_float(joins, JOINED, plan)
+        made = plan.make_float_at({node.name for node in sums | factors}, RESIDUAL)
+        return made + plan.make_float_at({node.name for node in joins}, JOINED)
 
     def _is_norm(self, node: Node) -> bool:
         return self.ops.op_of(node) is LAYER_NORM
 
     def _passes_on(self, node: Node, moving: set[str]) -> bool:
         return node.name in moving or self.ops.op_of(node) in (ADD, CAT)
-
-
-def _make_float(nodes: set[Node], reason: Reason, plan: QuantPlan) -> int:
-    names = {node.name for node in nodes}
-    dropped = [region for region in plan.regions if region.nodes[0] in names]
-    plan.make_float(dropped, reason)
-    return len(dropped)

@@ -72,6 +72,18 @@ def test_refuses(forward):
     assert dropped(forward) == set()
 
 
+def test_many_ways_to_a_softmax_are_not_walked_one_by_one():
+    """Forty sums of two ways each are a million million ways."""
+
+    def forward(m, x):
+        x = m.q(x)
+        for _ in range(40):
+            x = x + torch.erf(x)
+        return m.o(torch.softmax(x, 1))
+
+    assert len(dropped(forward)) == 41
+
+
 def test_sharp_attention_is_exact():
     """Scores from -200 to 200: in 8 bits each step would be a factor of five in the weights."""
     net = model(attention)
