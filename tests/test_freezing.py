@@ -224,8 +224,8 @@ def test_the_faster_form_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_torchscript_is_the_form_where_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    linear, x = quantized(nn.Linear(4, 4), 3, 4), torch.randn(3, 4)
-    assert fxq.freeze(linear, x).form == "torchscript"  # without a convolution
+    linear, x = quantized(nn.Linear(4, 4), 2, 3, 4), torch.randn(2, 3, 4)
+    assert fxq.freeze(linear, x).form == "torchscript"  # no primitive computes a linear of three dimensions
     qmodel, x = quantized(Net(), 1, 3, 16, 16), torch.randn(1, 3, 16, 16)
     monkeypatch.setattr(onednn, "library", missing)
     monkeypatch.setattr(direct_kernels, "library", missing)
