@@ -25,13 +25,21 @@ def _operator(name: str) -> Any:
 
 
 def quantized_weight(weight: IntWeight) -> torch.Tensor:
-    """A qint8 tensor, as torch's prepacking functions take it."""
+    """A qint8 tensor, as torch's prepacking functions take it, on the memory of the weight's integers.
+
+    Some packed weights keep it, beside what they make of it; of a copy that would be a quarter of the float model.
+    """
+    values = weight.values
+    assert values.dtype == torch.int8
     if weight.ch_axis is None:
         scale, zero_point = weight.qparams.item()
-        return torch._make_per_tensor_quantized_tensor(weight.values, scale, zero_point)
-    return torch._make_per_channel_quantized_tensor(
-        weight.values, weight.qparams.scale.double(), weight.qparams.zero_point.long(), weight.ch_axis
-    )
+        made = torch._empty_affine_quantized((0,), scale=scale, zero_point=zero_point, dtype=torch.qint8)
+    else:
+        scales, zero_points = weight.qparams.scale.double(), weight.qparams.zero_point.long()
+        made = torch._empty_per_channel_affine_quantized(
+            (0,) * values.dim(), scales=scales, zero_points=zero_points, axis=weight.ch_axis, dtype=torch.qint8
+        )
+    return made.set_(values.untyped_storage(), values.storage_offset(), values.size(), values.stride())
 
 
 def expand(value: Any, dims: int) -> list[int]:

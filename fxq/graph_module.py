@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import fx, nn
 
 from fxq.engine import running
 from fxq.errors import ConfigError, InputError, StageError
+from fxq.lazy_code import TEXTS, Uncompiled
 from fxq.outside_reads import Described
 from fxq.pickling import Record, graph_of, records_of
 from fxq.plan import QuantPlan, Stage, TensorFact
@@ -22,18 +21,6 @@ from fxq.state import graph_qparams, misfit, set_state, split_state
 BACKEND = "fxq_backend"  # the table it was prepared or lowered for
 REFERENCE = "fxq_reference"  # of a lowered module: the reference graph it was lowered from
 ENGINES = "fxq_engines"  # of a lowered module: the engines chosen for single kernels, see fxq.tune
-
-_CODELESS: ContextVar[bool] = ContextVar("codeless", default=False)
-
-
-@contextlib.contextmanager
-def codeless() -> Iterator[None]:
-    """While open, modules get no code for their graphs: what only passes read need not run, and code takes long."""
-    token = _CODELESS.set(True)
-    try:
-        yield
-    finally:
-        _CODELESS.reset(token)
 
 
 class QuantModule(fx.GraphModule):
@@ -47,6 +34,9 @@ class QuantModule(fx.GraphModule):
         return plan
 
     def __getattr__(self, name: str) -> Any:
+        if name in TEXTS:
+            self.write_code()
+            return vars(self)[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -69,8 +59,15 @@ class QuantModule(fx.GraphModule):
                 raise
             raise InputError(explanation) from error
 
-    def recompile(self) -> Any:
-        return None if _CODELESS.get() else super().recompile()
+    def recompile(self) -> None:  # type: ignore[override]
+        """Forget the code of an earlier graph; that of this one is written when something runs or reads it."""
+        for name in TEXTS:
+            vars(self).pop(name, None)
+        type(self).forward = Uncompiled(self)  # type: ignore[assignment]
+
+    def write_code(self) -> None:
+        """Write and compile the code of this module's graph."""
+        fx.GraphModule.recompile(self)
 
     def release_unused(self) -> None:
         """Drop modules that no node calls and tensors that no node reads; linear in the size of the graph."""
@@ -139,7 +136,7 @@ class QuantModule(fx.GraphModule):
         if wrong:
             error_msgs += wrong
         elif REFERENCE not in self.meta:
-            set_state(self, fitting)
+            set_state(self, fitting, replace=self.plan.stage is Stage.REFERENCE)
         else:
             reference = copy_module(self.meta[REFERENCE])
             set_state(reference, fitting)
@@ -250,12 +247,11 @@ def transformed_copy(
     """What ``transform`` makes of a copy of a module; only the tensors that remain afterwards are copied.
 
     Args:
-        transform: changes the copy in place and compiles it; may replace tensors, but not write to them.
+        transform: changes the copy in place; may replace tensors, but not write to them.
         lent: submodules that it only reads and drops; they are not copied.
     """
     tensors = [*module.parameters(), *module.buffers()]
-    with codeless():
-        made = copy.deepcopy(module, {id(part): part for part in (*tensors, *lent)})
+    made = copy.deepcopy(module, {id(part): part for part in (*tensors, *lent)})
     transform(made)
     memo: dict[int, Any] = {}
     shared = {id(tensor) for tensor in tensors}

@@ -8,7 +8,7 @@ from torch import nn
 from fxq.config import ResolvedConfig, qualified_name
 from fxq.copying import copy_inputs, copy_structure
 from fxq.errors import InputError, TraceError
-from fxq.graph_module import BACKEND, QuantModule, codeless
+from fxq.graph_module import BACKEND, QuantModule
 from fxq.op_table import Backend
 from fxq.partition import Inputs, Recording, join, leaves_to_search, prepare_leaves, prepare_partition, recording
 from fxq.pass_base import Pass, Pipeline
@@ -181,14 +181,12 @@ def _prepare_region(
 ) -> tuple[QuantModule, Recording]:
     """A prepared region, with what its float modules got and did on the example inputs."""
     share = bool(path) and not borrow  # parts are of a copy
-    with codeless():
-        module, untraceable = trace(model, *inputs, follow_mode=training, share=share, borrow=borrow)
+    module, untraceable = trace(model, *inputs, follow_mode=training, share=share, borrow=borrow)
     plan = QuantPlan(table.name, notes=list(table.notes), model=type(model).__name__, untraceable=untraceable)
     module.meta["fxq"] = plan
     module.meta[BACKEND] = table
     ops = training_table(table).dictionary if training else table.dictionary
-    with codeless():
-        Pipeline([Canonicalize(ops)])(module)
+    Pipeline([Canonicalize(ops)])(module)
     if path:
         plan.origins = {name: _inside(path, around, origin) for name, origin in plan.origins.items()}
     for node in module.graph.nodes:

@@ -288,6 +288,7 @@ def decode_region(
     check_loaded(plan, graph)
     module = make_module(plan.model, graph, parts | modules)
     module.graph.lint()
+    module.write_code()  # what cannot be written shows here, and not when it first runs
     module.meta["fxq"] = plan
     module.offer_descriptions()
     return module

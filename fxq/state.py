@@ -54,12 +54,19 @@ def misfit(own: torch.Tensor, given: Any) -> str | None:
     return None
 
 
-def set_state(module: fx.GraphModule, values: Mapping[str, torch.Tensor]) -> None:
-    """Copy values into a module's tensors and graph; they fit and are keys of :func:`split_state`'s result."""
+def set_state(module: fx.GraphModule, values: Mapping[str, torch.Tensor], replace: bool = False) -> None:
+    """Copy values into a module's tensors and graph; they fit and are keys of :func:`split_state`'s result.
+
+    Args:
+        replace: give the module other tensors instead, because kernels may have been packed on the memory of these.
+    """
     own, _ = split_state(module)
     with torch.no_grad():
         for key, value in values.items():
-            own[key].copy_(value)
+            if replace and not key.endswith(_SUFFIX):
+                _replace(module, key, torch.empty_like(own[key]).copy_(value))
+            else:
+                own[key].copy_(value)
     for node in module.graph.nodes:
         numbers = values.get(f"{node.name}{_SUFFIX}")
         if numbers is not None:
@@ -68,3 +75,12 @@ def set_state(module: fx.GraphModule, values: Mapping[str, torch.Tensor]) -> Non
             for reader in filter(is_dequantize, list(node.users)):
                 reader.args = (node, *node.args[1:3])
     module.recompile()
+
+
+def _replace(module: nn.Module, path: str, value: torch.Tensor) -> None:
+    parent, _, name = path.rpartition(".")
+    owner = module.get_submodule(parent)
+    if name in owner._parameters:
+        owner._parameters[name] = nn.Parameter(value, owner._parameters[name].requires_grad)  # type: ignore[union-attr]
+    else:
+        owner._buffers[name] = value
