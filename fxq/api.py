@@ -28,6 +28,7 @@ from fxq.passes.correct_bias import CorrectBias
 from fxq.passes.finish_training import TRAINABLE, FinishTraining
 from fxq.passes.fold_batchnorm import FoldBatchNorm
 from fxq.passes.lower import lower as lower_graph
+from fxq.passes.round_biases import RoundBiases
 from fxq.passes.settle_smoothing import SettleSmoothing
 from fxq.passes.simplify_qdq import SimplifyQDQ
 from fxq.passes.to_reference import ToReference
@@ -272,11 +273,14 @@ def _region_to_reference(prepared: QuantModule) -> QuantModule:
 
 def _become_reference(module: QuantModule) -> QuantModule:
     table: Backend = module.meta[BACKEND]
-    if TRAINABLE in module.plan.properties:
+    trained = TRAINABLE in module.plan.properties
+    if trained:
         module.eval().cpu().float()  # it may have trained elsewhere and in another precision
         Pipeline([FinishTraining(training_rows()), FoldBatchNorm(table.dictionary)])(module)
     ops = table.dictionary
     Pipeline([SettleSmoothing(ops), CorrectBias(ops), ToReference(table, ops), AbsorbClamp(ops), SimplifyQDQ()])(module)
+    if not trained:  # else they are what was trained: the numbers are those of the fake_quant model
+        Pipeline([RoundBiases()])(module)
     module.release_unused()
     module.plan.stage = Stage.REFERENCE
     return module

@@ -16,12 +16,13 @@ from torch.fx import Node
 from tqdm import tqdm
 
 from fxq.calibration import ForwardFn, shows_progress
-from fxq.graph_module import QuantModule, get_attribute, set_tensor
+from fxq.graph_module import QuantModule
 from fxq.lockstep import Step, lockstep
 from fxq.ops import CLAMP, CONV_TRANSPOSES, LINEAR, RELU
 from fxq.partition import Inputs
 from fxq.passes.layer_weights import constant_response
-from fxq.refinement import SAMPLES, QuantLayer, quant_layers, refine
+from fxq.quant_layers import QuantLayer, quant_layers
+from fxq.refinement import SAMPLES, refine
 
 
 def correct_bias(
@@ -78,7 +79,7 @@ def _correct_from_data(
 ) -> None:
     layers = {layer.node: layer for layer in quant_layers(reference)}
     for layer in layers.values():
-        give_own_bias(layer, reference)
+        layer.set_bias(layer.bias(reference).clone(), reference)
     with tqdm(desc="correct biases", total=len(layers), disable=not progress) as bar:
         for step in lockstep(reference, prepared, inputs):
             if step.node in layers:
@@ -96,8 +97,7 @@ def correct_layer(layer: QuantLayer, step: Step, reference: QuantModule) -> None
     ]
     if not errors:
         return
-    bias = get_attribute(reference, layer.bias_path)
-    bias.data += shrunken_mean(torch.cat(errors)).to(bias.dtype)
+    layer.set_bias(layer.bias(reference) + shrunken_mean(torch.cat(errors)).float(), reference)
     step.rerun()
 
 
@@ -121,20 +121,6 @@ def shrunken_mean(errors: torch.Tensor) -> torch.Tensor:
     return mean * (1 - scatter / mean.square().sum().clamp(min=torch.finfo(mean.dtype).tiny)).clamp(min=0)
 
 
-def give_own_bias(layer: QuantLayer, reference: QuantModule) -> None:
-    """Let a layer read a bias at ``layer.bias_path``, which no other layer reads: a new zero, a copy, or its own."""
-    position = layer.op.index("bias")
-    present = layer.node.args[position]
-    if isinstance(present, Node) and str(present.target) == layer.bias_path:
-        return
-    value = torch.zeros(layer.channels)
-    if isinstance(present, Node):
-        value = get_attribute(reference, str(present.target))
-    set_tensor(reference, layer.bias_path, nn.Parameter(value.detach().clone(), requires_grad=False))
-    with reference.graph.inserting_before(layer.node):
-        layer.node.update_arg(position, reference.graph.get_attr(layer.bias_path))
-
-
 def _correct_from_statistics(reference: QuantModule, prepared: QuantModule, inputs: Sequence[Inputs]) -> None:
     twins = {node.name: node for node in prepared.graph.nodes}
     corrected = 0
@@ -146,9 +132,7 @@ def _correct_from_statistics(reference: QuantModule, prepared: QuantModule, inpu
             continue
         rounding = layer.float_weight(prepared).double() - layer.dequantized(reference).double()
         shift = constant_response(rounding, mean, layer.op, layer.node)
-        give_own_bias(layer, reference)
-        bias = get_attribute(reference, layer.bias_path)
-        bias.data += shift.to(bias.dtype)
+        layer.set_bias(layer.bias(reference) + shift.float(), reference)
         corrected += 1
     note = f"biases corrected: {corrected} layers, from BatchNorm statistics"
     reference.plan.notes = [*reference.plan.notes, note]

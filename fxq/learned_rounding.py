@@ -24,15 +24,16 @@ from torch import Tensor, nn
 from torch.fx import Node
 from tqdm import tqdm
 
-from fxq.bias_correction import correct_layer, give_own_bias
+from fxq.bias_correction import correct_layer
 from fxq.calibration import ForwardFn, shows_progress
-from fxq.graph_module import QuantModule, get_attribute
+from fxq.graph_module import QuantModule
 from fxq.lockstep import Step, lockstep
 from fxq.ops import CONVS, LINEAR
 from fxq.partition import Inputs
 from fxq.plan import Slot
 from fxq.qdq import is_quantize
-from fxq.refinement import SAMPLES, QuantLayer, quant_layers, refine
+from fxq.quant_layers import QuantLayer, quant_layers
+from fxq.refinement import SAMPLES, refine
 
 ITERATIONS = 300
 _PLACES = 4096  # columns of a layer's input to learn from, if they fit
@@ -95,7 +96,7 @@ def _learn_region(
     layers = {layer.node: layer for layer in quant_layers(reference)}
     readers = [layer.weight_path for layer in layers.values()]
     for layer in layers.values():
-        give_own_bias(layer, reference)
+        layer.set_bias(layer.bias(reference).clone(), reference)
     changed = total = 0
     with tqdm(desc="learn roundings", total=len(layers), disable=not progress) as bar:
         for step in lockstep(reference, prepared, inputs):
@@ -127,7 +128,7 @@ def _learn_layer(
     nearest = layer.integers(reference)
     problem = _Problem(
         grid.floor().clamp(spec.quant_min, spec.quant_max - 1), grid, scale, zero_point,
-        get_attribute(reference, layer.bias_path).detach(), _output_range(layer.node),
+        layer.bias(reference), _output_range(layer.node),
     )  # fmt: skip
     with torch.enable_grad():
         learned = problem.learn(train, nearest, iterations, random)

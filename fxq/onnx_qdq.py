@@ -8,8 +8,8 @@ import torch
 from torch.fx import Node
 
 from fxq.numerics import dequantize
-from fxq.onnx_writer import OnnxWriter, activation_qparams
-from fxq.qdq import DEQUANTIZE_CHANNEL, is_dequantize, is_quantize
+from fxq.onnx_writer import OnnxWriter
+from fxq.qdq import DEQUANTIZE_CHANNEL, activation_qparams, is_dequantize, is_quantize
 from fxq.spec import QParams
 
 _LIMITS = {torch.uint8: (0, 255), torch.int8: (-128, 127)}

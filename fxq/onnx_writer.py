@@ -13,7 +13,6 @@ from fxq.errors import FxqError
 from fxq.graph_module import QuantModule, get_attribute
 from fxq.onnx_graph import OnnxGraph
 from fxq.ops import VOCABULARY, Dictionary
-from fxq.qdq import is_dequantize, is_quantize
 
 OPS = Dictionary(VOCABULARY)
 
@@ -146,13 +145,6 @@ class OnnxWriter:
         """The error for a node that ONNX cannot hold."""
         what = getattr(self.node.target, "__name__", self.node.target)
         return FxqError(f"{self.module.plan.where(self.node.name)} ({what}) cannot be written as ONNX: {why}")
-
-
-def activation_qparams(value: Any) -> tuple[float, int] | None:
-    """``(scale, zero_point)`` of a node that dequantizes an activation."""
-    if is_dequantize(value) and is_quantize(value.args[0]):
-        return value.args[1], value.args[2]
-    return None
 
 
 def pairs(value: Any, dims: int) -> list[int]:

@@ -6,6 +6,8 @@ serialization, and run on any device. The deprecated quantized dtypes appear now
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -55,3 +57,10 @@ def is_dequantize(node: object) -> bool:
         and node.op == "call_function"
         and (node.target is DEQUANTIZE or node.target is DEQUANTIZE_CHANNEL)
     )
+
+
+def activation_qparams(value: Any) -> tuple[float, int] | None:
+    """``(scale, zero_point)`` of a node that dequantizes an activation."""
+    if is_dequantize(value) and is_quantize(value.args[0]):
+        return value.args[1], value.args[2]
+    return None

@@ -13,7 +13,7 @@ from fxq.config import QConfig
 from fxq.errors import CalibrationError, StageError
 from fxq.learned_rounding import _columns, _output_range
 from fxq.lockstep import lockstep, region_inputs
-from fxq.refinement import quant_layers
+from fxq.quant_layers import quant_layers
 
 GENERATOR = torch.Generator().manual_seed(3)
 MIX = torch.randn(3, 3, 1, 1, generator=GENERATOR)
