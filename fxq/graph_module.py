@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -69,6 +70,12 @@ class QuantModule(fx.GraphModule):
         """Write and compile the code of this module's graph."""
         fx.GraphModule.recompile(self)
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of ``nn.Module``, with what stands for parameters that code around the module asks about."""
+        return parameters_and_descriptions(self, prefix, recurse, remove_duplicate)
+
     def release_unused(self) -> None:
         """Drop modules that no node calls and tensors that no node reads; linear in the size of the graph."""
         called = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
@@ -82,7 +89,7 @@ class QuantModule(fx.GraphModule):
         for path, fact in self.plan.described.items() if "fxq" in self.meta else ():
             if not _taken(self, path):
                 parent, _, name = path.rpartition(".")
-                described = Described(path, torch.Size(fact.shape), fact.dtype)
+                described = Described(path, fact.shape, fact.dtype)
                 holder_at(self, parent).__dict__[name] = described
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantModule:
@@ -169,9 +176,43 @@ class Tensors(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         """Nothing: the :class:`QuantModule` around it loads them."""
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of the module it stands for, as far as code around asks about them."""
+        return parameters_and_descriptions(self, prefix, recurse, remove_duplicate)
+
     def extra_repr(self) -> str:
         tensors = [*self._parameters.items(), *self._buffers.items()]
         return ", ".join(f"{name}{list(tensor.shape)}" for name, tensor in tensors if tensor is not None)
+
+
+def parameters_and_descriptions(
+    module: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+) -> Iterator[tuple[str, Any]]:
+    """``module.named_parameters``, with what stands for those that became part of kernels, in the order of modules."""
+    seen: set[int] = set()
+    for path, part in module.named_modules(prefix=prefix, remove_duplicate=remove_duplicate):
+        described = {name: value for name, value in vars(part).items() if isinstance(value, Described)}
+        for name, value in (described | part._parameters).items():  # as weights are before biases
+            if value is not None and id(value) not in seen:
+                yield f"{path}.{name}" if path else name, value
+            if remove_duplicate:
+                seen.add(id(value))
+        if not recurse:
+            return
+
+
+def list_descriptions(module: nn.Module) -> None:
+    """Let code around regions that lists the parameters of modules meet what stands for those of regions, too."""
+    for part in module.modules() if _describes(module) else ():
+        listing = getattr(type(part).named_parameters, "__code__", None)
+        if listing is nn.Module.named_parameters.__code__ and _describes(part):
+            part.__dict__["named_parameters"] = functools.partial(parameters_and_descriptions, part)
+
+
+def _describes(module: nn.Module) -> bool:
+    return any(isinstance(value, Described) for part in module.modules() for value in vars(part).values())
 
 
 def get_attribute(module: nn.Module, path: str) -> Any:
@@ -184,6 +225,9 @@ def set_tensor(module: nn.Module, path: str, value: torch.Tensor) -> None:
     """Put a tensor at a dotted path, as a parameter if it is one, else as a buffer; makes what modules lack."""
     parent, _, name = path.rpartition(".")
     owner = holder_at(module, parent)
+    if isinstance(value, nn.Parameter) and name in owner._parameters:
+        owner._parameters[name] = value  # in its old place, as code asks the first parameter for its dtype
+        return
     if name in owner.__dict__ or name in owner._parameters or name in owner._buffers:
         delattr(owner, name)
     if isinstance(value, nn.Parameter):
@@ -250,12 +294,13 @@ def transformed_copy(
         transform: changes the copy in place; may replace tensors, but not write to them.
         lent: submodules that it only reads and drops; they are not copied.
     """
-    tensors = [*module.parameters(), *module.buffers()]
+    tensors = [*(tensor for _, tensor in nn.Module.named_parameters(module)), *module.buffers()]
     made = copy.deepcopy(module, {id(part): part for part in (*tensors, *lent)})
     transform(made)
     memo: dict[int, Any] = {}
     shared = {id(tensor) for tensor in tensors}
-    for path, tensor in [*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False)]:
+    parameters = nn.Module.named_parameters(made, remove_duplicate=False)
+    for path, tensor in [*parameters, *made.named_buffers(remove_duplicate=False)]:
         if id(tensor) in shared:
             set_tensor(made, path, copy.deepcopy(tensor, memo))
     return made

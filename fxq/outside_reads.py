@@ -1,13 +1,14 @@
 """Which modules have their tensors or submodules read by code outside them, and what it reads of the tensors.
 
 ``self.head.weight @ x`` in the forward of a model needs the modules that it names: none of them can become a graph
-module, which has other parts, while the code around it stays as it is. ``self.embeddings.projection.weight.dtype``
-needs a description of the weight alone, which a graph module can go on giving.
+module, which has other parts, while the code around it stays as it is. ``self.embeddings.projection.weight.dtype`` and
+``next(self.parameters()).device`` need a description of a weight alone, which a graph module can go on giving.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,46 +16,62 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-_PROPERTIES = ("dtype", "device", "shape", "ndim")
-_METHODS = ("dim", "size", "numel", "is_floating_point")
-_ASKING = {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES}
-_ASKING |= {getattr(torch.Tensor, name) for name in _METHODS}
+_ATEN = torch.ops.aten
+_SAME = {_ATEN.detach, _ATEN.alias}
+_MAKING = {
+    _ATEN.new_empty, _ATEN.new_empty_strided, _ATEN.new_full, _ATEN.new_ones, _ATEN.new_zeros, _ATEN.empty_like,
+    _ATEN.full_like, _ATEN.ones_like, _ATEN.rand_like, _ATEN.randn_like, _ATEN.zeros_like,
+}  # fmt: skip
+_TAKING_TYPE = {_ATEN.to, _ATEN.type_as}  # of their second argument; only in inference mode do they get here
 
 
-@dataclass(frozen=True)
-class Described:
-    """Stands for a tensor that became part of a kernel: what may be asked of it beside its values."""
+class Described(torch.Tensor):
+    """Stands for a tensor that became part of a kernel: all that may be asked of it beside its values."""
 
     path: str
-    shape: torch.Size
-    dtype: torch.dtype
 
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")  # where all int8 kernels run
+    @staticmethod
+    def __new__(cls, path: str, shape: tuple[int, ...], dtype: torch.dtype) -> Described:
+        """``path`` is for messages."""
+        made: Described = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)  # on the CPU, as all kernels
+        made.path = path
+        return made
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
+    def __init__(self, path: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
 
-    def dim(self) -> int:
-        return len(self.shape)
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        operation = func.overloadpacket
+        if operation in _SAME:
+            return copy.copy(args[0])
+        asks_type = operation in _TAKING_TYPE and not isinstance(args[0], Described)
+        if operation not in _MAKING and not asks_type:
+            described = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, Described))
+            raise AttributeError(
+                f"'{described.path}' is part of an int8 kernel: its shape, dtype and device can be read, but no "
+                f"values, which '{operation.__name__}' takes; exclude its module"
+            )
+        args, kwargs = tree_map_only(Described, _without_values, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
+    def __copy__(self) -> Described:
+        return Described(self.path, tuple(self.shape), self.dtype)
 
-    def numel(self) -> int:
-        return self.shape.numel()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Described:
+        return copy.copy(self)
 
-    def is_floating_point(self) -> bool:
-        return self.dtype.is_floating_point
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return Described, (self.path, tuple(self.shape), self.dtype)
 
-    def __getattr__(self, name: str) -> Any:
-        given = ", ".join((*_PROPERTIES, *_METHODS))
-        where = self.__dict__.get("path", "")  # empty while it is unpickled
-        raise AttributeError(f"'{where}' is part of an int8 kernel, of which no '{name}' can be read, but {given}")
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({self.path!r}, {tuple(self.shape)}, {self.dtype})"
+
+
+def _without_values(described: Described) -> torch.Tensor:
+    return torch.empty((), dtype=described.dtype).expand(described.shape)
 
 
 @dataclass
@@ -63,11 +80,11 @@ class Reads:
 
     Attributes:
         parts: paths of the modules whose parts it takes.
-        described: paths of tensors of which it only asks what :class:`Described` can say.
+        described: paths of tensors of which it only asks what :class:`Described` can say, in the order of reading.
     """
 
     parts: set[str] = field(default_factory=set)
-    described: set[str] = field(default_factory=set)
+    described: dict[str, None] = field(default_factory=dict)
 
 
 class _Watched(torch.Tensor):
@@ -77,12 +94,24 @@ class _Watched(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _ASKING:
-            for value in tree_leaves((args, kwargs)):
-                if isinstance(value, _Watched):
-                    value.used()
+        given = args, kwargs or {}
+        watched = [value for value in tree_leaves(given) if isinstance(value, _Watched)]
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            described = tree_map_only(_Watched, lambda tensor: Described("", tuple(tensor.shape), tensor.dtype), given)
+            try:
+                tried = func(*described[0], **described[1])
+            except Exception:  # of whatever kind: a description is not enough
+                tried = None
+                for value in watched:
+                    value.used()
+            result = func(*given[0], **given[1])
+        return _watched(result, watched[0].used) if isinstance(tried, Described) else result
+
+
+def _watched(tensor: torch.Tensor, used: Callable[[], None]) -> torch.Tensor:
+    result = tensor.detach().as_subclass(_Watched)
+    result.used = used
+    return result
 
 
 class _Chains:
@@ -104,13 +133,23 @@ class _Chains:
         if isinstance(value, nn.Module):
             self.reached, self.through = value, through
         elif isinstance(value, torch.Tensor):
-            self.reads.described.add(f"{path}.{name}")
-            watched = value.detach().as_subclass(_Watched)
-            watched.used = lambda: self.reads.parts.update(through)
-            return watched
+            return self.describe(value, f"{path}.{name}", through)
         else:
             self.reads.parts.update(through)
         return value
+
+    def reaching(self, module: nn.Module) -> tuple[str, ...]:
+        """Through what a module was read whose parameters are listed now."""
+        through = self.through if module is self.reached else ()
+        if module is not self.reached:
+            self.end()
+        self.reached = None
+        return through
+
+    def describe(self, tensor: torch.Tensor, path: str, through: Iterable[str]) -> torch.Tensor:
+        """Note that the tensor at a path is read through the modules at some paths; returns what the reader gets."""
+        self.reads.described[path] = None
+        return _watched(tensor, lambda: self.reads.parts.update(through))
 
     def end(self) -> None:
         """What a chain ends with, other than with a tensor, may be used in any way."""
@@ -127,12 +166,28 @@ def watching_reads(model: nn.Module) -> Iterator[Reads]:
     chains = _Chains(found)
     running: list[int] = []
     original = nn.Module.__getattr__
+    original_list = nn.Module.named_parameters
 
     def read(module: nn.Module, name: str) -> Any:
         value = original(module, name)
         if running and id(module) in paths and id(module) not in running:
             return chains.read(module, paths[id(module)], name, value)
         return value
+
+    def named_parameters(
+        module: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Any]]:
+        before = chains.reaching(module)
+        for name, parameter in original_list(module, prefix, recurse, remove_duplicate):
+            *through, own = name[len(prefix) + bool(prefix) :].split(".")
+            around = [module]
+            for child in through:
+                around.append(vars(around[-1])["_modules"][child])
+            if not running or id(around[-1]) not in paths or id(around[-1]) in running:
+                yield name, parameter
+                continue
+            read = [*before, *(paths[id(part)] for part in around if id(part) not in running)]
+            yield name, chains.describe(parameter, f"{read[-1]}.{own}", read)
 
     def enter(module: nn.Module, _: Any) -> None:
         running.append(id(module))
@@ -145,7 +200,10 @@ def watching_reads(model: nn.Module) -> Iterator[Reads]:
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
-        with mock.patch.object(nn.Module, "__getattr__", read):
+        with (
+            mock.patch.object(nn.Module, "__getattr__", read),
+            mock.patch.object(nn.Module, "named_parameters", named_parameters),
+        ):
             yield found
     finally:
         chains.end()

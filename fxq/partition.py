@@ -21,7 +21,7 @@ from torch import nn
 
 from fxq.copying import borrowed, copy_inputs, copy_structure, give_back, only_read, only_reads, replace_listed
 from fxq.errors import ConfigError, FxqError, InputError, StageError, TraceError
-from fxq.graph_module import REFERENCE, QuantModule, get_attribute
+from fxq.graph_module import REFERENCE, QuantModule, get_attribute, list_descriptions
 from fxq.macs import counting
 from fxq.outside_reads import Reads, watching_reads
 from fxq.plan import EXCLUDED, Stage, TensorFact
@@ -137,7 +137,9 @@ def _map_inside(model: nn.Module, source: nn.Module, transform: Callable[[QuantM
         replaced[id(model.get_submodule(path))] = mapped[id(region)]
     if all(id(made) == before for before, made in replaced.items()):
         return model
-    return copy_structure(model, replaced)
+    made = copy_structure(model, replaced)
+    list_descriptions(made)
+    return made
 
 
 def _outermost_regions(model: nn.Module, path: str = "") -> dict[str, QuantModule]:
@@ -214,6 +216,7 @@ def replace_regions(
         raise ConfigError(f"the given model's '{name}' is not the one of the model that was quantized")
     for name, tensor in state.items():
         tensor.copy_(outside[name])
+    list_descriptions(clone)
     return clone
 
 
@@ -244,6 +247,7 @@ def prepare_partition(
     search = _Search(clone, found, left, prepare_region)
     search.inside(clone, "")
     search.replace_listed_in(clone)
+    list_descriptions(clone)
     regions = [path for path, module in clone.named_modules() if isinstance(module, QuantModule)]
     if not regions:
         raise reason
@@ -369,6 +373,7 @@ def prepare_leaves(
         for name in nodes:
             plan.macs[name] = plan.macs[name] * remain // max(sum(inside.values()), 1)
         search.replace_listed_in(leaf)
+        list_descriptions(leaf)
     plan.untraceable.update(left)
 
 
@@ -443,7 +448,7 @@ class _Search:
         """The tensors of a module of which code outside asks for descriptions, by their path in it."""
         prefix = f"{self.first_path[id(module)]}."
         inside = [path.removeprefix(prefix) for path in self.reads.described if path.startswith(prefix)]
-        tensors = {path: get_attribute(module, path) for path in sorted(inside)}
+        tensors = {path: get_attribute(module, path) for path in inside}
         return {path: TensorFact(tuple(t.shape), t.dtype) for path, t in tensors.items()}
 
     def _runs_in_part(self, *modules: nn.Module) -> bool:
@@ -482,4 +487,4 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))

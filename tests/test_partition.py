@@ -609,6 +609,74 @@ def test_values_that_are_part_of_a_kernel_cannot_be_read():
         quantized.embed.get_submodule("0").weight.mean()
 
 
+def next_parameter(model, x):
+    first = next(model.parameters())
+    assert first.shape == (4, 3, 1, 1) and not first.is_cuda and first.data.layout == torch.strided
+    zeros = first.new_zeros(1) + torch.zeros_like(first).sum() + first.data.new_ones(0).sum()
+    return x.to(first.device, first.dtype) + zeros
+
+
+def by_name(model, x):
+    named = dict(model.embed.named_parameters("inside"))
+    assert list(named) == ["inside.0.weight", "inside.0.bias", "inside.1.weight", "inside.1.bias"]
+    return x.to(named["inside.1.weight"]).type_as(model.embed.get_submodule("0").bias)
+
+
+def of_a_part(model, x):
+    assert sum(parameter.numel() for parameter in model.parameters()) == 312
+    assert [len(parameter) for parameter in model.embed.get_submodule("1").parameters()] == [4, 4]
+    return x * next(model.body.parameters()).ndim
+
+
+def of_a_property(model, x):
+    return x.to(model.body.dtype)
+
+
+class Typed(nn.Sequential):
+    @property
+    def dtype(self):
+        return next(self.parameters()).dtype
+
+
+class Lists(nn.Module):
+    def __init__(self, take):
+        super().__init__()
+        self.embed = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3))
+        self.body = Typed(nn.Conv2d(4, 4, 3), nn.ReLU())
+        self.take = take
+
+    def forward(self, x):
+        return self.body(self.embed(self.take(self, x) if x.sum() > -1e9 else x))
+
+
+@pytest.mark.parametrize("take", [next_parameter, by_name, of_a_part, of_a_property])
+def test_code_outside_lists_the_parameters_of_regions(take, tmp_path):
+    torch.manual_seed(0)
+    model, x = Lists(take).eval(), torch.randn(2, 3, 12, 12)
+    prepared = quiet(fxq.prepare, model, x)
+    fxq.calibrate(prepared, [x])
+    reference = fxq.convert_to_reference(prepared)
+    quantized = fxq.lower(reference, "x86")
+    fxq.save(reference, tmp_path / "model.fxq")
+    loaded = fxq.load(tmp_path / "model.fxq", model=model)
+    pickled = pickle.loads(pickle.dumps(quantized))
+    expected = model(x)
+    for made in (prepared, reference, quantized, copy.deepcopy(quantized), pickled, loaded):
+        assert set(regions_of(made)) == {"embed", "body"}
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                assert sqnr(expected, made(x)) > 25
+
+
+def test_listed_parameters_whose_values_are_needed_stay():
+    torch.manual_seed(0)
+    model, x = Lists(lambda model, x: x * next(model.parameters()).mean()).eval(), torch.randn(2, 3, 12, 12)
+    quantized = quiet(fxq.quantize, model, [x])
+    assert set(regions_of(quantized)) == {"embed.1", "body"}
+    with torch.no_grad():
+        assert sqnr(model(x), quantized(x)) > 25
+
+
 class HasStride:
     kind = "encoder"
 
