@@ -136,7 +136,7 @@ def _memory(model: nn.Module, batch: tuple[Any, ...]) -> dict[str, float]:
 
 def peak_memory(model: nn.Module, batch: tuple[Any, ...]) -> tuple[int, int, int]:
     """Bytes of a float model, and the most that this process holds in a forward pass and in quantizing in one call."""
-    fxq.quantize(nn.Sequential(nn.Conv2d(3, 3, 3)).eval(), [torch.rand(1, 3, 8, 8)], progress=False)
+    fxq.quantize(_Usual().eval(), [torch.rand(1, 8, 8, 8)], progress=False)
     size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
     def whole() -> None:
@@ -144,6 +144,23 @@ def peak_memory(model: nn.Module, batch: tuple[Any, ...]) -> tuple[int, int, int
 
     with _freeing_at_once():
         return size, _peak(lambda: call(model, batch)), _peak(whole)
+
+
+class _Usual(nn.Module):
+    """Some usual layers: what a process loads when it quantizes them for the first time belongs to no model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.Hardswish())
+        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        x = x + self.squeeze(x) * self.depthwise(x)
+        left, right = torch.cat([x, torch.max_pool2d(x, 3, 1, 1)], 1).chunk(2, dim=1)
+        return torch.relu(self.linear((left + right).mean((2, 3))))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -216,4 +217,5 @@ def _type_name(kind: type | Callable[..., Any] | str) -> str:
 def qualified_name(what: Any) -> str:
     """``module.name`` of a class or function, the way :class:`~fxq.plan.Origin` records it."""
     module = getattr(what, "__module__", None) or "torch"
-    return f"{module}.{getattr(what, '__qualname__', getattr(what, '__name__', repr(what)))}"
+    name = getattr(what, "__qualname__", getattr(what, "__name__", repr(what)))
+    return sys.intern(f"{module}.{name}")  # nodes have few different ones

@@ -8,12 +8,14 @@ borrowed at the end becomes a copy (:func:`give_back`).
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -24,6 +26,10 @@ _READING = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
     nn.MultiheadAttention, NonDynamicallyQuantizableLinear,
 )  # fmt: skip
+# Functions of torch that make a new tensor of a weight, as subclasses of these layers call them.
+READING_FUNCTIONS = frozenset({
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
+})  # fmt: skip
 _TABLES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (dict, list, set, OrderedDict)
 
@@ -144,7 +150,10 @@ def borrowed(parameters: Iterable[nn.Parameter]) -> dict[int, Any]:
 
 
 def only_read(
-    known: Iterable[nn.Module], others: Iterable[nn.Module], tensors: Iterable[Any] = ()
+    known: Iterable[nn.Module],
+    others: Iterable[nn.Module],
+    tensors: Iterable[Any] = (),
+    arguments: Iterable[nn.Parameter] = (),
 ) -> Iterator[nn.Parameter]:
     """The parameters that nothing but known code reads.
 
@@ -152,10 +161,12 @@ def only_read(
         known: modules of which :func:`only_reads` is true.
         others: all other modules; what is inside them counts only if it is given too.
         tensors: what is read without a module.
+        arguments: what is read without a module, but only by :data:`READING_FUNCTIONS`.
     """
     elsewhere = {id(tensor) for tensor in tensors}
     elsewhere |= {id(tensor) for module in others for tensor in (*module._parameters.values(), *_listed(module))}
-    return (p for module in known for p in module._parameters.values() if p is not None and id(p) not in elsewhere)
+    own = (p for module in known for p in module._parameters.values() if p is not None)
+    return (p for p in itertools.chain(own, arguments) if id(p) not in elsewhere)
 
 
 def _listed(module: nn.Module) -> Iterator[Any]:

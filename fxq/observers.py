@@ -26,7 +26,7 @@ Bounds = tuple[float | None, float | None]
 # Counting costs 10 times as much as finding the extremes.
 SAMPLE_SIZE = 1 << 14
 SAMPLE_SHARE = 1 / 64
-_AT_ONCE = 16  # histograms whose ranges are searched together
+_AT_ONCE = 8  # histograms whose ranges are searched together
 
 
 class ObserverKind(NamedTuple):

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import enum
 import itertools
+from array import array
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -114,8 +115,13 @@ class TensorFact:
 class ChannelStatistics(NamedTuple):
     """Mean and standard deviation of each output channel of a layer, as the BatchNorm folded into it tells them."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: array[float]
+    std: array[float]
+
+    @classmethod
+    def of(cls, mean: torch.Tensor, std: torch.Tensor) -> ChannelStatistics:
+        """From two tensors of one dimension; a number takes 8 bytes here, and 32 in a tuple."""
+        return cls(array("d", mean.tolist()), array("d", std.tolist()))
 
 
 class Equalized(NamedTuple):

@@ -25,7 +25,15 @@ import torch
 from torch import fx, nn
 
 from fxq.config import qualified_name
-from fxq.copying import borrowed, copy_container, copy_structure, copy_tensor, only_read, only_reads
+from fxq.copying import (
+    READING_FUNCTIONS,
+    borrowed,
+    copy_container,
+    copy_structure,
+    copy_tensor,
+    only_read,
+    only_reads,
+)
 from fxq.errors import StageError, TraceError
 from fxq.graph_module import QuantModule, get_attribute, set_tensor
 from fxq.torch_transformer import LAYERS, traceable_transformers
@@ -331,8 +339,9 @@ def _left_as_it_is(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, attributes in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+            for name in vars(module).keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)  # cleared before, it would need twice the memory from now on
 
 
 def require_eval(model: nn.Module) -> None:
@@ -366,7 +375,7 @@ def _independent_copy(root: nn.Module, graph: fx.Graph, share: bool, borrow: boo
     tensors = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     memo: dict[int, Any] = {}
     if borrow:
-        memo = borrowed(_lent(root, leaves, tensors))
+        memo = borrowed(_lent(root, graph, leaves))
     for path in sorted(leaves, key=len):  # a leaf before what is inside it: only the copy's insides may be replaced
         parent, _, name = path.rpartition(".")
         setattr(root.get_submodule(parent), name, copy_structure(root.get_submodule(path), memo))
@@ -378,12 +387,19 @@ def _independent_copy(root: nn.Module, graph: fx.Graph, share: bool, borrow: boo
             set_tensor(root, path, copy_tensor(value, memo))
 
 
-def _lent(root: nn.Module, leaves: Iterable[str], tensors: Iterable[str]) -> Iterator[nn.Parameter]:
-    """The parameters that a graph reads in no other way than as weights of torch's own layers."""
+def _lent(root: nn.Module, graph: fx.Graph, leaves: Iterable[str]) -> Iterator[nn.Parameter]:
+    """The parameters that a graph reads in no other way than as weights of torch's own layers and their functions."""
     called = [root.get_submodule(path) for path in leaves]
     known: list[nn.Module] = []
     others: list[nn.Module] = []
     for leaf in called:
         inside = list(leaf.modules())
         (known if all(map(only_reads, inside)) else others).extend(inside)
-    return only_read(known, others, [get_attribute(root, path) for path in tensors])
+    arguments: list[nn.Parameter] = []
+    elsewhere: list[Any] = []
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            value = get_attribute(root, str(node.target))
+            lendable = isinstance(value, nn.Parameter) and all(u.target in READING_FUNCTIONS for u in node.users)
+            (arguments if lendable else elsewhere).append(value)
+    return only_read(known, others, elsewhere, arguments)

@@ -115,10 +115,8 @@ def _absorb(pair: Pair, shift: torch.Tensor) -> None:
 def _record(pair: Pair, shift: torch.Tensor, plan: QuantPlan) -> None:
     name = pair.first.node.name
     if name in plan.statistics:
-        mean, std = plan.statistics[name]
-        plan.statistics[name] = ChannelStatistics(
-            tuple((torch.tensor(mean, dtype=torch.float64) - shift).tolist()), std
-        )
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in plan.statistics[name])
+        plan.statistics[name] = ChannelStatistics.of(mean - shift, std)
     plan.absorbed.append(Absorbed(name, pair.second.node.name, tuple(shift.tolist())))
     detail = f"{int((shift > 0).sum())} of {shift.numel()} channels lowered, by up to {shift.max():.2g}"
     plan.fusions.append(Fusion("absorb bias", pair.first.where, pair.second.where, detail))

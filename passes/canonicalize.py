@@ -52,6 +52,8 @@ class Canonicalize(Pass):
             plan.origins.setdefault(node.name, _origin(node, module))
             changed += self._canonicalize(node, module, plan)
         module.graph.eliminate_dead_code()
+        for node in module.graph.nodes:
+            node.meta.pop("nn_module_stack", None)  # the origins say it in short
         for name in plan.origins.keys() - {node.name for node in module.graph.nodes}:
             plan.forget(name)
         _release_modules(module, self._tensors)

@@ -190,7 +190,7 @@ def _record(scaling: _Scaling, plan: QuantPlan) -> None:
     name = first.node.name
     if name in plan.statistics:
         mean, std = (torch.tensor(values, dtype=torch.float64) / scale for values in plan.statistics[name])
-        plan.statistics[name] = ChannelStatistics(tuple(mean.tolist()), tuple(std.tolist()))
+        plan.statistics[name] = ChannelStatistics.of(mean, std)
     plan.equalized.append(Equalized(name, second.node.name, tuple(scale.tolist())))
     detail = f"channels divided by {scale.min():.2g} to {scale.max():.2g}"
     if scaling.dropped:

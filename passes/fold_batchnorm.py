@@ -129,7 +129,7 @@ def _statistics(
     """Mean and standard deviation of a BatchNorm's output while training, by its running statistics."""
     mean, var = (static_tensor(BATCH_NORM.get(node, name), module) for name in ("running_mean", "running_var"))
     assert mean is not None and var is not None
-    return ChannelStatistics(tuple((scale * mean + shift).tolist()), tuple((scale.abs() * var.sqrt()).tolist()))
+    return ChannelStatistics.of(scale * mean + shift, scale.abs() * var.sqrt())
 
 
 def _has_channels(layer: Node, op: Op, weight: torch.Tensor, bias: torch.Tensor | None, plan: QuantPlan) -> bool:
