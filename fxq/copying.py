@@ -118,13 +118,15 @@ def copy_container(value: Any) -> Any:
 
 
 def copy_inputs(value: Any) -> Any:
-    """Inputs as they are now: tensors as they are, and copies of objects that a model may change, such as a cache of
-    keys and values.
+    """Inputs as they are now: tensors on the same memory, which a model may let go of, and copies of objects that it
+    may change, such as a cache of keys and values.
     """
     return _copy_input(value, {})
 
 
 def _copy_input(value: Any, memo: dict[int, Any]) -> Any:
+    if type(value) is torch.Tensor:
+        return memo.setdefault(id(value), value.detach())  # one object stays one: attention asks whether keys are values
     if value is None or isinstance(value, (torch.Tensor, nn.Module, bool, int, float, str)):
         return value
     if type(value) in (tuple, list):
