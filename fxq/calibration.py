@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from fxq.errors import CalibrationError
 from fxq.fake_quantize import calibrating
+from fxq.graph_module import QuantModule
+from fxq.input_checks import input_facts
 from fxq.partition import regions_of
 from fxq.plan import Stage
 
@@ -79,8 +81,14 @@ def run_batch(model: nn.Module, batch: Any, parameters: list[inspect.Parameter],
 
 
 def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
-    """Parameters of a model's forward; for a traced one, those of its placeholders."""
-    return list(inspect.signature(model.forward).parameters.values())
+    """Parameters of a model's forward; for a traced one, those of its placeholders, of which those are required that a
+    tensor was given for.
+    """
+    facts = input_facts(model.graph, model.plan) if isinstance(model, QuantModule) else {}
+    return [
+        parameter if facts.get(parameter.name) is None else parameter.replace(default=parameter.empty)
+        for parameter in inspect.signature(model.forward).parameters.values()
+    ]
 
 
 def model_inputs(batch: Any, parameters: list[inspect.Parameter]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -126,7 +126,7 @@ def copy_inputs(value: Any) -> Any:
 
 def _copy_input(value: Any, memo: dict[int, Any]) -> Any:
     if type(value) is torch.Tensor:
-        return memo.setdefault(id(value), value.detach())  # one object stays one: attention asks whether keys are values
+        return memo.setdefault(id(value), value.detach())  # one stays one: attention asks if keys are values
     if value is None or isinstance(value, (torch.Tensor, nn.Module, bool, int, float, str)):
         return value
     if type(value) in (tuple, list):

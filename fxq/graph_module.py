@@ -12,10 +12,11 @@ from torch import fx, nn
 
 from fxq.engine import running
 from fxq.errors import ConfigError, InputError, StageError
+from fxq.input_checks import explain_inputs, require_float32
 from fxq.lazy_code import TEXTS, Uncompiled
 from fxq.outside_reads import Described
 from fxq.pickling import Record, graph_of, records_of
-from fxq.plan import QuantPlan, Stage, TensorFact
+from fxq.plan import QuantPlan, Stage
 from fxq.state import graph_qparams, misfit, set_state, split_state
 
 # Keys of a module's meta beside "fxq", its plan:
@@ -50,12 +51,13 @@ class QuantModule(fx.GraphModule):
         lowered = "fxq" in self.meta and self.plan.stage is Stage.LOWERED
         try:
             if not lowered:  # a quantize of torch refuses other dtypes itself
-                _require_float32(self, args, kwargs)
+                if "fxq" in self.meta:
+                    require_float32(self.graph, self.plan, args, kwargs)
                 return super().__call__(*args, **kwargs)
             with running():
                 return super().__call__(*args, **kwargs)
         except (RuntimeError, TypeError, AttributeError) as error:
-            explanation = explain_inputs(self, args, kwargs)
+            explanation = explain_inputs(self.graph, self.plan, args, kwargs) if "fxq" in self.meta else None
             if explanation is None:
                 raise
             raise InputError(explanation) from error
@@ -322,45 +324,3 @@ def _relowered(reference: QuantModule, table: Any, engines: Mapping[str, str]) -
     lowered = map_regions(reference, lambda region: lower(region, table, engines if region is reference else {}))
     assert isinstance(lowered, QuantModule)
     return lowered
-
-
-def _require_float32(module: QuantModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if "fxq" not in module.meta or "trainable" in module.plan.properties:  # training may be in another precision
-        return
-    names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
-    for name, value in (dict(zip(names, args, strict=False)) | kwargs).items():
-        fact = module.plan.facts.get(name)
-        if fact is not None and fact.is_float32 and isinstance(value, torch.Tensor) and value.dtype != fact.dtype:
-            raise InputError(_wrong_dtype(name, value, fact))
-
-
-def _wrong_dtype(name: str, value: torch.Tensor, fact: TensorFact) -> str:
-    return f"input '{name}' is {value.dtype}; the model was prepared for {fact.dtype}: convert it with .to()"
-
-
-def explain_inputs(module: QuantModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """What is wrong with the inputs of a failed call, or ``None`` if nothing is seen to be."""
-    if "fxq" not in module.meta:
-        return None
-    given = dict(zip((n.name for n in module.graph.nodes if n.op == "placeholder"), args, strict=False)) | kwargs
-    for name, value in given.items():
-        fact = module.plan.facts.get(name)
-        if fact is None:
-            continue
-        if not isinstance(value, torch.Tensor):
-            return f"input '{name}' is a {type(value).__name__}; the model takes a tensor of {_describe(fact)}"
-        if value.dtype != fact.dtype:
-            return _wrong_dtype(name, value, fact)
-        channels_differ = value.dim() > 1 and value.shape[1:2] != fact.shape[1:2]
-        if value.dim() != len(fact.shape) or channels_differ:
-            return f"input '{name}' has shape {list(value.shape)}; the model was prepared with {_describe(fact)}"
-        if value.shape[2:] != fact.shape[2:]:
-            return (
-                f"input '{name}' has shape {list(value.shape)}, and the model fails on it; it was prepared with "
-                f"{_describe(fact)}"
-            )
-    return None
-
-
-def _describe(fact: TensorFact) -> str:
-    return f"shape {list(fact.shape)} and {fact.dtype}"

@@ -218,9 +218,32 @@ def test_another_image_size_where_the_model_cannot() -> None:
 def test_too_many_and_too_few_inputs() -> None:
     model = Two(lambda m, x, y: m.a(x) + m.a(y), a=conv())
     qmodel = fxq.quantize(model, [(X, X)])
-    for call in (lambda: qmodel(X), lambda: qmodel(X, X, X), lambda: qmodel(X, z=X)):
-        with pytest.raises((TypeError, InputError)):
+    for call, words in (
+        (lambda: qmodel(X), "'y' is not given.*example inputs"),
+        (lambda: qmodel(X, X, X), "traced with x, y and takes no other inputs"),
+        (lambda: qmodel(X, y=X, z=X), "traced with x, y and takes no other inputs"),
+    ):
+        with pytest.raises(InputError, match=words):
             call()
+
+
+@pytest.mark.parametrize("stage", [fxq.prepare, fxq.quantize])
+def test_leaving_out_what_the_model_was_traced_with(stage: Any) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv()
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None, *more: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x) if scale is None else self.conv(x) * scale
+            return sum(more, start=x)
+
+    model, ones = Sum().eval(), torch.ones(1)
+    made = fxq.prepare(model, (X, ones, ones)) if stage is fxq.prepare else fxq.quantize(model, [(X, ones, ones)])
+    made(X, ones, ones)
+    for given, missing in (((X, ones), "more_0"), ((X,), "scale"), ((X, None, ones), "scale")):
+        with pytest.raises(InputError, match=f"'{missing}' is not given.*example inputs"):
+            made(*given)
 
 
 @pytest.mark.parametrize("stage", ["prepared", "reference", "lowered"])

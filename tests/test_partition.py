@@ -878,3 +878,31 @@ def test_a_leaf_that_seems_traceable_without_its_inputs():
     assert set(regions_of(quantized)) == {"", "0.conv"}
     with torch.no_grad():
         assert 25 < sqnr(model(x), quantized(x)) < 60
+
+
+class LetsGo(nn.Module):
+    """Frees its input and what its parts read."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU()) for _ in range(2))
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        one, two = (part.contiguous() for part in x.chunk(2, dim=1))
+        one_out = one + self.first(two)
+        y = torch.cat((one_out, two + self.second(one_out)), dim=1)
+        for part in (one, two, one_out, x.data):
+            part.set_()
+        return y
+
+
+def test_parts_whose_inputs_are_freed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), LetsGo(), nn.Conv2d(4, 4, 1)).eval()
+    x = torch.randn(2, 3, 12, 12)
+    quantized = quiet(fxq.quantize, model, [x])
+    assert {"1.first", "1.second"} < set(regions_of(quantized))
+    with torch.no_grad():
+        assert sqnr(model(x), quantized(x)) > 25
