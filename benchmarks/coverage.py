@@ -17,10 +17,11 @@ model makes of the smallest error any 8-bit model has. That error itself is at a
 leaves 30 dB of it or more, it is well conditioned, and a cosine of 0.99 can be asked of its int8 model. Where it
 leaves 10 dB or less, any error at all changes everything, and which of two tools is ahead is chance. Seconds are CPU
 seconds to prepare and convert, on one thread, in memory that the process has beforehand. "memory" is the peak of
-quantize in one call, float model included, less one float forward pass, over the float model; what a graph takes, some
-20 MiB, weighs more the smaller the model is. It is what is in use: while it is measured, the allocator gives large
-tensors back to the system when they are freed, in the float pass too. Left to itself, glibc keeps what it may need
-again, up to hundreds of MiB for a detector.
+quantize in one call, float model included, less one float forward pass, over the float model; the graphs, which take
+some MiB, weigh more the smaller the model is. Another small model is quantized before, because what a process loads
+once belongs to no model. It is what is in use: while it is measured, the allocator gives large tensors back to the
+system when they are freed, in the float pass too. Left to itself, glibc keeps what it may need again, up to hundreds of
+MiB for a detector.
 
 ".fxq", "TorchScript", "torch.export" (the program as it is), "lowered again" and "ONNX" (in onnxruntime) say whether
 what is written and read again gives equal numbers: those of the packed model, for programs and ONNX those of the

@@ -6,6 +6,8 @@ import abc
 from collections.abc import Sequence
 from typing import ClassVar
 
+from torch import fx
+
 from fxq.errors import PlanError
 from fxq.graph_module import QuantModule
 from fxq.plan import QuantPlan
@@ -49,8 +51,16 @@ class Pipeline:
             if changes[step.name]:
                 module.graph.lint()
             plan.check(module.graph)
+        _release_erased(module.graph)
         module.recompile()
         return changes
 
     def __str__(self) -> str:
         return " -> ".join(step.name for step in self.passes)
+
+
+def _release_erased(graph: fx.Graph) -> None:
+    """Let nodes go that passes erased; torch.fx keeps them in its table of names. Their names stay taken."""
+    names = graph._graph_namespace._obj_to_name
+    for node in [named for named in names if isinstance(named, fx.Node) and named._erased]:
+        del names[node]

@@ -33,8 +33,8 @@ _STEP = 2.0**-0.25
 _COARSE = _STEP ** torch.arange(0, 41, dtype=torch.float64)
 # Then in between, around the best one, and once more around the best of these.
 _FINE = [_STEP ** (reach * torch.linspace(-1, 1, 9, dtype=torch.float64)) for reach in (1.0, 0.2)]
-# float64 numbers in a temporary of the error estimate: 1 MB stays in cache.
-_CHUNK = 1 << 17
+# float64 numbers in a temporary of the error estimate, of which there are four: 256 KiB each stay in cache.
+_CHUNK = 1 << 15
 
 
 def minmax_range(stats: Statistics) -> Range:

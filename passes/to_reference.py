@@ -37,6 +37,7 @@ class ToReference(Pass):
             return 0
         qparams = self._collect(module, plan)
         _remove_observers(module, plan)
+        _drop_observer_modules(module, plan)  # what they counted makes room for the integers
         nodes = {node.name: node for node in module.graph.nodes}
         weights = {slot for region in plan.regions for slot in self._weight_slots(region.nodes[0], nodes)}
         same_tensor = _get_attr_nodes(nodes)
@@ -55,7 +56,6 @@ class ToReference(Pass):
                 _quantize_activation(nodes[name], [slot], qparams[plan.groups[slot]], plan, nodes)
                 quantized += 1
         module.graph.eliminate_dead_code()
-        _drop_observer_modules(module, plan)
         return quantized
 
     def _weight_slots(self, name: str, nodes: dict[str, Node]) -> list[Slot]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from models_for_tests import Lambda, canonical
+from torch import fx
 
 from fxq.errors import PlanError
 from fxq.pass_base import Pass, Pipeline
@@ -35,6 +38,15 @@ class Needs(Sign):
 class Breaks(Pass):
     def run(self, module, plan):
         plan.specs[Slot("nowhere")] = SPEC
+        return 1
+
+
+class Drops(Pass):
+    def run(self, module, plan):
+        (node,) = module.graph.find_nodes(op="call_function", target=torch.relu)
+        node.replace_all_uses_with(node.args[0])
+        module.graph.erase_node(node)
+        plan.forget(node.name)
         return 1
 
 
@@ -74,3 +86,11 @@ def test_a_broken_graph_is_found_at_once(module):
 
 def test_prints_as_one_line():
     assert str(Pipeline([Sign(), Needs()])) == "Sign -> Needs"
+
+
+def test_erased_nodes_are_released_and_their_names_stay_taken(module):
+    Pipeline([Drops()])(module)
+    gc.collect()
+    assert not [n for n in gc.get_objects() if type(n) is fx.Node and n.graph is module.graph and n._erased]
+    assert torch.equal(module(X), X)
+    assert module.graph.call_function(torch.relu, (), name="relu").name == "relu_1"
