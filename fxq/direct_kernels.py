@@ -8,6 +8,7 @@ come at once, and share the primitives and weights.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,9 +23,10 @@ from fxq.engine import running
 from fxq.errors import BackendError
 from fxq.graph_module import QuantModule
 from fxq.int_views import as_quantized, as_uint8
+from fxq.interpreter import plain
 from fxq.lockstep import bound_arguments
 from fxq.onednn import library
-from fxq.onednn_primitives import Convolution, PrimitiveCall, dense_strides
+from fxq.onednn_primitives import Convolution, dense_strides
 
 # Kernels whose result is memory of its own. What any other function returns may be a view of what it got.
 _FRESH = {
@@ -33,6 +35,7 @@ _FRESH = {
     torch.max_pool2d, torch.quantize_per_tensor, torch.Tensor.dequantize, torch.clone, conv_pointwise, multiply,
     narrow_max_pool2d, as_uint8,
 }  # fmt: skip
+_VIEWS = (torch.chunk, torch.split, operator.getitem, torch.flatten, torch.Tensor.reshape)
 
 
 class DirectModel:
@@ -55,7 +58,7 @@ class DirectModel:
         planner = Planner(model)
         with running():
             planner.run(*bound_arguments(model, args, kwargs).values())
-        self.convolutions = sum(isinstance(step.primitive, Convolution) for step in planner.steps.values())
+        self.convolutions = sum(isinstance(step.kernel, Convolution) for step in planner.steps.values())
         if not self.convolutions:
             raise BackendError("this model has no convolution or linear that oneDNN can run as it is")
         self._model, self._steps, self._numbers = model, planner.steps, planner.numbers
@@ -137,16 +140,46 @@ def _place_calls(graph: fx.Graph, steps: Mapping[Node, Step]) -> None:
     arena = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
     start = -arena.data_ptr() % ALIGNMENT
     places = dict(zip(spans, offsets, strict=True))
-    scratchpad = torch.empty(max(step.primitive.scratchpad for step in steps.values()), dtype=torch.uint8)
-    outputs: dict[Node, torch.Tensor] = {}
+    scratchpad = torch.empty(max(step.kernel.scratchpad for step in steps.values()), dtype=torch.uint8)
+    outputs: dict[Node, Any] = {}
     stream = library().stream()
-    for node, step in steps.items():
+    for node in graph.nodes:
+        step = steps.get(node)
+        if step is None:
+            _make_view(node, outputs, arena)
+            continue
         outputs[node] = out = _view(arena, start + places[homes[node]], step)
         sources: tuple[Any, ...] = node.args[: len(step.sources)]
         fixed = [outputs.get(source) for source in sources]
-        call = PrimitiveCall(step.primitive, out, stream, fixed, scratchpad)
+        call = step.kernel.call(out, stream, fixed, scratchpad)
         moved = step.residual is not None and homes[node] is node
         node.target = _AddTo(call, _view(arena, start + places[node], step._replace(qparams=None))) if moved else call
+
+
+def _make_view(node: Node, outputs: dict[Node, Any], arena: torch.Tensor) -> None:
+    """Make a view of what always lies at the same place beforehand; the node still says what it depends on."""
+    if node.target not in _VIEWS or node.kwargs or not all(source in outputs for source in node.all_input_nodes):
+        return
+    args = plain(fx.map_arg(node.args, outputs.__getitem__))
+    value = node.target(*args)
+    tensors = value if isinstance(value, (tuple, list)) else [value]
+    memory = arena.untyped_storage().data_ptr()
+    if all(isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() == memory for x in tensors):
+        outputs[node] = value
+        node.args = tuple(node.all_input_nodes)
+        node.target = _Made(value)
+
+
+class _Made:
+    """A function whose value is known."""
+
+    __name__ = "made"
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __call__(self, *sources: Any) -> Any:
+        return self._value
 
 
 def _view(arena: torch.Tensor, offset: int, step: Step) -> torch.Tensor:
@@ -162,7 +195,7 @@ def _view(arena: torch.Tensor, offset: int, step: Step) -> torch.Tensor:
 class _AddTo:
     """A convolution that adds to what lies in its output, where the residual lies somewhere else: it is copied."""
 
-    def __init__(self, call: PrimitiveCall, memory: torch.Tensor) -> None:
+    def __init__(self, call: Callable[..., torch.Tensor], memory: torch.Tensor) -> None:
         self.__name__ = call.__name__
         self._call, self._memory = call, memory
 

@@ -10,18 +10,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import fx
 from torch.fx import Node
 
 from fxq.aliases import shape_values
 from fxq.backends.kernels import conv_pointwise, multiply, narrow_max_pool2d
+from fxq.byte_moves import Join, Shuffle
 from fxq.graph_module import REFERENCE, QuantModule
 from fxq.interpreter import Interpreter
-from fxq.onednn import library
-from fxq.onednn_primitives import Convolution, ConvSpec, Gate, GateSpec, Pool, PoolSpec, Primitive, PrimitiveCall, dense
+from fxq.onednn import Handle, library
+from fxq.onednn_primitives import Convolution, ConvSpec, Gate, GateSpec, Pool, PoolSpec, dense
 from fxq.passes.find_kernels import int_weight
 
 _QUANTIZED = torch.ops.quantized
@@ -37,21 +39,39 @@ _ACTIVATIONS: Mapping[Any, tuple[str, float]] = {
 _SILU_SLOPE = 1.1
 _Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, padding, dilation, groups
 _CALLS, _CLEARLY = 8, 1.03  # to compare two kernels; how much longer one must take to be the slower one
-_GATE_PAYS = 64  # channels; of fewer, torch's product of whole rows takes less time
+
+
+_MOVES = (torch.Tensor.reshape, torch.transpose, torch.permute, torch.Tensor.contiguous)
+_SHUFFLE_MOVES = 3  # at least
+
+
+class Direct(Protocol):
+    """What is made once for tensors of certain shapes, and then called on memory chosen beforehand."""
+
+    scratchpad: int
+
+    def call(
+        self,
+        out: torch.Tensor,
+        stream: Handle,
+        fixed: Sequence[torch.Tensor | None] = (),
+        scratchpad: torch.Tensor | None = None,
+    ) -> Callable[..., torch.Tensor]:
+        """As :meth:`fxq.onednn_primitives.Primitive.call`."""
 
 
 class Step(NamedTuple):
-    """A primitive and what it stands for.
+    """A direct kernel and what it stands for.
 
     Attributes:
-        primitive: with one output of uint8.
+        kernel: with one output of uint8.
         sources: names of the nodes it reads.
         residual: name of the node that is added; it is to lie where the output will.
         shape: of the output, channels_last.
         qparams: scale and zero_point of the output as a quint8 tensor; ``None`` for a plain uint8 one.
     """
 
-    primitive: Primitive
+    kernel: Direct
     sources: tuple[str, ...]
     residual: str | None
     shape: tuple[int, ...]
@@ -75,6 +95,8 @@ class Planner(Interpreter):
         self.numbers: dict[str, int | float | bool] = {}
         self._of_shapes = shape_values(model.graph)
         self._overwritten: torch.Tensor | None = None
+        self._joined: tuple[Node, list[torch.Tensor]] | None = None  # the last join and what it joined
+        self._joins: dict[tuple[Node, ...], Node] = {}  # by what they join
 
     @property
     def reference(self) -> QuantModule:
@@ -91,7 +113,7 @@ class Planner(Interpreter):
         elif isinstance(value, torch.Tensor) and value.dim() in (2, 4) and value.numel() and n.name not in self.steps:
             make = _MAKERS.get(n.target)
             args, _ = self.fetch_args_kwargs_from_env(n)
-            if make is not None and args[0].numel():
+            if make is not None and (n.target is _QUANTIZED.cat or args[0].numel()):
                 make(self, n, args, value)
         return value
 
@@ -103,7 +125,7 @@ class Planner(Interpreter):
         if spec is None:
             return
         alone = Convolution(spec, x.shape, value.shape)
-        run = PrimitiveCall(alone, dense(torch.empty(value.shape, dtype=torch.uint8)), self.stream, [x])
+        run = alone.call(dense(torch.empty(value.shape, dtype=torch.uint8)), self.stream, [x])
         if _may_lose(spec) and slower(lambda: run(x), lambda: n.target(*args)):  # type: ignore[operator]
             return
         if not self._with_tail(n, args, value, spec):
@@ -151,10 +173,49 @@ class Planner(Interpreter):
 
     def gate(self, n: Node, args: tuple[Any, ...], value: torch.Tensor) -> None:
         (x, image), (factor, gate) = sorted(zip(args[:2], n.args[:2], strict=True), key=lambda pair: -pair[0].numel())
-        fits = x.dim() == 4 and factor.shape == (*x.shape[:2], 1, 1) and x.shape[1] >= _GATE_PAYS
-        if fits and factor.q_zero_point() == 0:
-            spec = GateSpec(_qparams(x), _qparams(factor), _qparams(value))
-            self._take(n, Gate(spec, x.shape), (image, gate), (x, factor), _Expected(value))
+        if x.dim() == 4 and factor.shape == (*x.shape[:2], 1, 1) and factor.q_zero_point() == 0:
+            kernel = Gate(GateSpec(_qparams(x), _qparams(factor), _qparams(value)), x.shape)
+            run = kernel.call(dense(torch.empty(value.shape, dtype=torch.uint8)), self.stream, [x, factor])
+            if not slower(run, lambda: n.target(*args)):  # type: ignore[operator]
+                self._take(n, kernel, (image, gate), (x, factor), _Expected(value))
+
+    def join(self, n: Node, args: tuple[Any, ...], value: torch.Tensor) -> None:
+        """What was joined before is taken as it lies there: layers of a dense block join all that came before."""
+        parts, dim, *qparams = args
+        if dim != 1 or value.dim() != 4 or any(_qparams(x) != tuple(qparams) for x in parts):
+            return
+        self._joined = n, parts
+        sources = _sources(n)
+        known = next((end for end in range(len(parts) - 1, 1, -1) if tuple(sources[:end]) in self._joins), 0)
+        if known:
+            parts = [_QUANTIZED.cat(parts[:known], *args[1:]), *parts[known:]]
+            sources = [self._joins[tuple(sources[:known])], *sources[known:]]
+        run = Join().call(dense(torch.empty(value.shape, dtype=torch.uint8)), self.stream, parts)
+        if not slower(run, lambda: _QUANTIZED.cat(*args)) and self._take(n, Join(), sources, parts, _Expected(value)):
+            self._joins[tuple(_sources(n))] = n
+
+    def shuffle(self, n: Node, args: tuple[Any, ...], value: torch.Tensor) -> None:
+        """The end of a join whose channels change places: reshaped, transposed and reshaped again."""
+        moves = [n]
+        while moves[-1].target in _MOVES and isinstance(source := moves[-1].args[0], Node):
+            moves.append(source)
+        if self._joined is None or moves.pop() is not self._joined[0] or len(moves) < _SHUFFLE_MOVES:
+            return
+        join, parts = self._joined
+        if len(parts) == 2 and parts[0].shape == parts[1].shape and self._interleaves(moves[::-1], value.shape):
+            self._take(n, Shuffle(parts[0].shape), _sources(join), parts, _Expected(value))
+
+    def _interleaves(self, moves: list[Node], shape: torch.Size) -> bool:
+        """Whether channels are taken by turns from the first and the second half; found out with their numbers."""
+        numbers = torch.arange(shape[1]).reshape(1, -1, 1, 1).expand(shape)
+        found = numbers
+        for node in moves:
+            if any(source.name not in self.numbers for source in node.all_input_nodes[1:]):
+                return False
+            arguments = fx.map_arg(node.args[1:], lambda source: self.numbers[source.name])
+            found = node.target(found, *arguments)  # type: ignore[operator]
+        halves = numbers.unflatten(1, (2, -1))
+        return torch.equal(found, torch.stack([halves[:, 0], halves[:, 1]], 2).flatten(1, 2))
 
     def _take_pool(self, n: Node, x: torch.Tensor, value: torch.Tensor, spec: PoolSpec) -> None:
         self._take(n, Pool(spec, x.shape, value.shape), (n.args[0],), (x,), _Expected(value))
@@ -192,23 +253,23 @@ class Planner(Interpreter):
     def _take(
         self,
         n: Node,
-        primitive: Primitive,
-        sources: tuple[Any, ...],
-        values: tuple[torch.Tensor, ...],
+        kernel: Direct,
+        sources: Sequence[Any],
+        values: Sequence[torch.Tensor],
         expected: _Expected,
         residual: Any = None,
     ) -> bool:
-        """Take a primitive for a node, if its integers are those of torch's kernels."""
+        """Take a kernel for a node, if its integers are those of torch's kernels."""
         out = dense(torch.empty(expected.value.shape, dtype=torch.uint8))
         if expected.residual is not None:
             out.copy_(integers(expected.residual))
-        found = PrimitiveCall(primitive, out, self.stream)(*values)
+        found = kernel.call(out, self.stream)(*values)
         if not expected.agrees(found):
             return False
         qparams = _qparams(expected.value) if expected.value.is_quantized else None
         names = tuple(source.name for source in sources)
         shape = tuple(expected.value.shape)
-        self.steps[n.name] = Step(primitive, names, None if residual is None else residual.name, shape, qparams)
+        self.steps[n.name] = Step(kernel, names, None if residual is None else residual.name, shape, qparams)
         return True
 
 
@@ -265,7 +326,13 @@ _MAKERS: Mapping[Any, Callable[[Planner, Node, tuple[Any, ...], torch.Tensor], N
     **dict.fromkeys((torch.max_pool2d, narrow_max_pool2d), Planner.max_pool),
     F.adaptive_avg_pool2d: Planner.average,
     multiply: Planner.gate,
+    _QUANTIZED.cat: Planner.join,
+    torch.Tensor.reshape: Planner.shuffle,
 }
+
+
+def _sources(join: Node) -> Sequence[Any]:
+    return join.args[0]  # type: ignore[return-value]
 
 
 def _may_lose(spec: ConvSpec) -> bool:

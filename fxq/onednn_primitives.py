@@ -7,7 +7,7 @@ memory that was chosen beforehand, and costs 1.3 us beside the kernel.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +62,16 @@ class Primitive:
         self._needed = needed
         self._alive = description, constants
 
+    def call(
+        self,
+        out: torch.Tensor,
+        stream: Handle,
+        fixed: Sequence[torch.Tensor | None] = (),
+        scratchpad: torch.Tensor | None = None,
+    ) -> Callable[..., torch.Tensor]:
+        """What runs it on certain memory; the arguments are those of :class:`PrimitiveCall`."""
+        return PrimitiveCall(self, out, stream, fixed, scratchpad)
+
     def memories(self, sources: Sequence[torch.Tensor], out: torch.Tensor, scratchpad: torch.Tensor) -> Any:
         """The memory of each argument, by its number."""
         lib = library()
@@ -80,7 +90,7 @@ class PrimitiveCall:
         out: what it writes to, dense in channels_last.
         stream: of the thread.
         fixed: for each source the tensor, if it is the same each time, else ``None``; what is fixed the call does not
-            look at.
+            look at, and copies beforehand if it is laid out otherwise.
         scratchpad: uint8, at least as many bytes as the primitive needs; calls that never run at once may share it.
     """
 
@@ -96,6 +106,11 @@ class PrimitiveCall:
         self.__name__ = type(primitive).__name__.lower()  # as the target of a torch.fx node
         self.out = out
         given = list(fixed) or [None] * len(primitive.inputs)
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for at, (x, strides) in enumerate(zip(given, primitive.strides, strict=True)):
+            if x is not None and x.stride() != strides:
+                given[at] = copy = torch.empty_strided(x.shape, strides, dtype=torch.uint8)
+                self._copies.append((copy, integer_view(x)))
         scratchpad = torch.empty(primitive.scratchpad, dtype=torch.uint8) if scratchpad is None else scratchpad
         # any address will do for an input that is set later
         memories = primitive.memories([out if x is None else x for x in given], out, scratchpad)
@@ -113,6 +128,8 @@ class PrimitiveCall:
         self._alive = primitive, stream, memories, arguments, given, scratchpad
 
     def __call__(self, *sources: torch.Tensor) -> torch.Tensor:
+        for copy, x in self._copies:
+            copy.copy_(x)
         held = []  # copies live until the kernel has run
         for at, memory, strides in self._open:
             x = sources[at]
@@ -226,10 +243,14 @@ class GateSpec(NamedTuple):
 
 
 class Gate(Primitive):
-    """uint8 images ``[N, C, H, W]`` times uint8 factors ``[N, C, 1, 1]``: ``(x - zero_point) * factor * scales``."""
+    """uint8 images ``[N, C, H, W]`` times uint8 factors ``[N, C, 1, 1]``: ``(x - zero_point) * factor * scales``.
+
+    The primitive is one image's: for several oneDNN 3.2 has only its reference implementation, 100 times slower.
+    """
 
     def __init__(self, spec: GateSpec, shape: Shape) -> None:
         lib = library()
+        shape = (1, *shape[1:])
         one = lib.described((1, 1, 1, 1), torch.float32, (1, 1, 1, 1))
         factors = (*shape[:2], 1, 1)
         scale = spec.input[0] * spec.factor[0] / spec.output[0]
@@ -242,6 +263,42 @@ class Gate(Primitive):
         )  # fmt: skip
         constants = {_SRC_1: (torch.tensor([float(spec.input[1])]), one)}
         super().__init__(description, {_SRC: shape, _FIRST_POST_OP | _SRC_1: factors}, shape, constants)
+
+    def call(
+        self,
+        out: torch.Tensor,
+        stream: Handle,
+        fixed: Sequence[torch.Tensor | None] = (),
+        scratchpad: torch.Tensor | None = None,
+    ) -> Callable[..., torch.Tensor]:
+        """What runs it on certain memory, image by image."""
+        if len(out) == 1:
+            return super().call(out, stream, fixed, scratchpad)
+        images = [slice(at, at + 1) for at in range(len(out))]
+        parts = [(out[image], [None if x is None else x[image] for x in fixed]) for image in images]
+        call = super().call
+        return _EachImage([call(part, stream, given, scratchpad) for part, given in parts], out)
+
+
+class _EachImage:
+    """One call for each image of a batch."""
+
+    def __init__(self, calls: Sequence[Callable[..., torch.Tensor]], out: torch.Tensor) -> None:
+        self.__name__ = calls[0].__name__
+        self._calls, self._out = calls, out
+
+    def __call__(self, *sources: torch.Tensor) -> torch.Tensor:
+        for at, call in enumerate(self._calls):
+            call(*(x[at : at + 1] for x in sources))
+        return self._out
+
+
+def integer_view(x: torch.Tensor) -> torch.Tensor:
+    """The memory of a quint8 tensor as a uint8 tensor; that tensor, if it is one."""
+    if not x.is_quantized:
+        return x
+    empty = torch.empty(0, dtype=torch.uint8)
+    return empty.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:

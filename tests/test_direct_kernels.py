@@ -81,6 +81,26 @@ def gates() -> nn.Module:
     )  # fmt: skip
 
 
+def joined() -> nn.Module:
+    """Joins: shuffled and split, of what was joined before, and one that a sum reads."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(m.entry(x))
+        x = torch.cat([torch.relu(m.a(x)), torch.relu(m.b(x))], 1)
+        n, c, h, w = x.size()
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, -1, h, w)
+        left, right = x.chunk(2, 1)
+        parts = [left, torch.relu(m.c(right))]
+        parts.append(torch.relu(m.d(torch.cat(parts, 1))))
+        parts.append(torch.relu(m.e(torch.cat(parts, 1))))
+        return m.head(torch.cat(parts, 1).mean((2, 3)))
+
+    return Lambda(
+        forward, entry=conv(3, 8), a=conv(8, 8), b=conv(8, 8), c=conv(8, 8), d=conv(16, 8), e=conv(24, 8),
+        head=nn.Linear(32, 5),
+    )  # fmt: skip
+
+
 def both(model: nn.Module, *shape: int, backend: str = "x86") -> tuple[nn.Module, DirectModel]:
     generator = torch.Generator().manual_seed(4)
     images = [torch.randn(shape, generator=generator) for _ in range(3)]
@@ -94,11 +114,11 @@ def call(direct: DirectModel, x: torch.Tensor) -> torch.Tensor:
 
 
 def kinds(direct: DirectModel) -> Counter[str]:
-    return Counter(type(step.primitive).__name__ for step in direct._steps.values())
+    return Counter(type(step.kernel).__name__ for step in direct._steps.values())
 
 
 @pytest.mark.parametrize("backend", ["x86", "onednn", "fbgemm", "qnnpack"])
-@pytest.mark.parametrize("make", [shuffling, residuals, gates])
+@pytest.mark.parametrize("make", [shuffling, residuals, gates, joined])
 def test_numbers_are_those_of_the_lowered_model(make: Callable[[], nn.Module], backend: str) -> None:
     qmodel, direct = both(make(), 2, 3, 16, 16, backend=backend)
     layers = [k.name for k in qmodel.plan.kernels.values() if "conv" in k.name or "linear" in k.name]
@@ -109,7 +129,7 @@ def test_numbers_are_those_of_the_lowered_model(make: Callable[[], nn.Module], b
         assert (call(direct, x) - qmodel(x)).abs().max() <= 4 * scale
 
 
-@pytest.mark.parametrize("make", [shuffling, residuals, gates])
+@pytest.mark.parametrize("make", [shuffling, residuals, gates, joined])
 def test_memory_is_used_again_only_when_nobody_reads_it_any_more(
     make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +155,49 @@ def test_sums_and_activations_are_taken_into_convolutions() -> None:
     _, direct = both(gates(), 2, 3, 16, 16)
     assert kinds(direct) == {"Convolution": 6, "Gate": 1, "Pool": 3}
     assert {"hardswish", "hardsigmoid"} <= direct._steps.keys()  # in place of the convolutions before them
+
+
+def test_joins_and_shuffles_are_moves_of_bytes() -> None:
+    _, direct = both(joined(), 2, 3, 16, 16)
+    assert kinds(direct)["Shuffle"] == 1
+    assert kinds(direct)["Join"] == 4  # the one that is shuffled, too, for whoever else reads it
+    joins = {name: step.sources for name, step in direct._steps.items() if name.startswith("cat")}
+    assert [len(sources) for sources in joins.values()] == [2, 2, 2, 2]
+    assert joins["cat_2"][0] == "cat_1" and joins["cat_3"][0] == "cat_2"  # as they lie there
+    run: Any = direct._idle[0]
+    targets = [str(node.target) for node in run.__self__.graph.nodes]
+    assert not [target for target in targets if "cat" in target or "transpose" in target or "chunk" in target]
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_only_two_by_turns_are_a_shuffle(groups: int, ahead: bool) -> None:
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(m.entry(x))
+        x = torch.cat([torch.relu(m.a(x)), torch.relu(m.b(x))], 1)
+        n, c, h, w = x.shape
+        split = (n, c // groups, groups, h, w) if ahead else (n, groups, c // groups, h, w)
+        return m.c(x.view(split).transpose(1, 2).contiguous().view(n, c, h, w))
+
+    model = Lambda(forward, entry=conv(3, 8), a=conv(8, 8), b=conv(8, 8), c=conv(16, 8))
+    qmodel, direct = both(model, 2, 3, 8, 8)
+    assert kinds(direct)["Shuffle"] == (groups == 2 and not ahead)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    step = (qmodel(x).max() - qmodel(x).min()) / 255
+    assert (call(direct, x) - qmodel(x)).abs().max() <= 2 * step
+
+
+def test_a_join_of_other_scales_stays_torchs() -> None:
+    qmodel, _ = both(joined(), 1, 3, 8, 8)
+    for node in qmodel.graph.nodes:
+        if node.name == "cat_3":
+            parts, dim, scale, zero_point = node.args
+            node.args = (parts, dim, 2 * scale, zero_point)
+    qmodel.recompile()
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    direct = DirectModel(qmodel, (x,), {})
+    assert "cat_2" in direct._steps and "cat_3" not in direct._steps
+    assert (call(direct, x) - qmodel(x)).abs().max() <= 0.05 * qmodel(x).abs().max()
 
 
 def test_an_activation_between_float_nodes_is_taken_in() -> None:

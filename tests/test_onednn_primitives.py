@@ -66,7 +66,7 @@ def expected(conv: ConvSpec, x: torch.Tensor, residual: torch.Tensor | None = No
 
 
 def call(primitive: Primitive, out: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-    return PrimitiveCall(primitive, out, library().stream())(*sources)
+    return primitive.call(out, library().stream())(*sources)
 
 
 def run(conv: ConvSpec, x: torch.Tensor) -> torch.Tensor:
@@ -175,6 +175,20 @@ def test_inputs_may_come_in_any_layout_and_from_anywhere() -> None:
         out.zero_()
         assert torch.equal(convolution(same), first)
     assert not torch.equal(convolution(x.flip(0)), first)
+
+
+def test_a_fixed_input_that_is_part_of_another_is_copied_at_each_call() -> None:
+    conv, both = spec(), dense(integers(2, 16, 5, 5))
+    part, out = both[:, 8:], dense(torch.empty(2, 16, 5, 5, dtype=torch.uint8))
+    primitive = Convolution(conv, part.shape, out.shape)
+    fixed = PrimitiveCall(primitive, out, library().stream(), [part])
+    for _ in range(2):
+        found = fixed().clone()
+        assert torch.equal(found, call(primitive, out, part))
+        both.copy_(both.flip(1))
+    quantized_part = torch._make_per_tensor_quantized_tensor(both, 0.1, 3)[:, 8:]
+    fixed = PrimitiveCall(primitive, out, library().stream(), [quantized_part])
+    assert torch.equal(fixed().clone(), call(primitive, out, part))
 
 
 def test_a_fixed_input_is_read_at_each_call() -> None:
