@@ -1,4 +1,4 @@
-"""Which nodes of a lowered graph a primitive of oneDNN computes, found out by running the graph once.
+"""Which nodes of a lowered graph a primitive of oneDNN or a move of bytes computes, found out by running it once.
 
 A convolution takes in the residual sum or activation that follows it, if nothing else reads it: there is then no
 rounding, and no clipping to the calibrated range, between the two. Every primitive is compared with torch's kernels
@@ -8,7 +8,6 @@ on the example inputs before it is taken.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +24,7 @@ from fxq.interpreter import Interpreter
 from fxq.onednn import Handle, library
 from fxq.onednn_primitives import Convolution, ConvSpec, Gate, GateSpec, Pool, PoolSpec, dense
 from fxq.passes.find_kernels import int_weight
+from fxq.timing import slower
 
 _QUANTIZED = torch.ops.quantized
 _Kernels = Mapping[Any, str | None]  # and the activation of each
@@ -38,7 +38,6 @@ _ACTIVATIONS: Mapping[Any, tuple[str, float]] = {
 }  # fmt: skip
 _SILU_SLOPE = 1.1
 _Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, padding, dilation, groups
-_CALLS, _CLEARLY = 8, 1.03  # to compare two kernels; how much longer one must take to be the slower one
 
 
 _MOVES = (torch.Tensor.reshape, torch.transpose, torch.permute, torch.Tensor.contiguous)
@@ -338,17 +337,6 @@ def _sources(join: Node) -> Sequence[Any]:
 def _may_lose(spec: ConvSpec) -> bool:
     """Whether torch, which has a newer oneDNN and fbgemm, may be faster: at dense kernels of many pixels it is."""
     return spec.groups == 1 and math.prod(spec.weight.shape[2:]) > 1
-
-
-def slower(call: Callable[[], object], other: Callable[[], object]) -> bool:
-    """Whether a function takes longer than another: the shortest of some calls, which take turns."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(_CALLS):
-        for run, taken in zip((call, other), times, strict=True):
-            start = time.perf_counter()
-            run()
-            taken.append(time.perf_counter() - start)
-    return min(times[0]) > _CLEARLY * min(times[1])
 
 
 def integers(x: torch.Tensor) -> torch.Tensor:

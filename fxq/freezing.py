@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Frozen(nn.Module):
 
     def __init__(self, model: QuantModule, inputs: Inputs, form: str | None = None) -> None:
         super().__init__()
-        leaves, self._spec = pytree.tree_flatten((inputs[0], dict(inputs[1])))
+        leaves, self._spec = _flattened(inputs[0], dict(inputs[1]))
         leaves = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._known = [_signature(leaf) for leaf in leaves]
         self._strides = [leaf.stride() for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -48,8 +48,8 @@ class Frozen(nn.Module):
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec != self._spec or [_signature(leaf) for leaf in leaves] != self._known:
+        leaves, spec = _flattened(args, kwargs)
+        if (spec is not self._spec and spec != self._spec) or [_signature(leaf) for leaf in leaves] != self._known:
             return self._model[0](*args, **kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         laid_out = [_with_strides(x, strides) for x, strides in zip(tensors, self._strides, strict=True)]
@@ -67,8 +67,9 @@ def freeze(qmodel: nn.Module, example_inputs: Any, *, form: str | None = None) -
     ``"torchscript"``: the graph of kernels is recorded once, with every shape, scale and packed weight a constant in
     it, and runs without Python. The numbers are those of ``qmodel`` bit for bit.
 
-    ``"onednn"``: convolutions, linears, pools and gates become primitives that are called without torch and write to
-    one block of memory, whose parts are used again (:mod:`fxq.direct_kernels`); needs ``pip install "fxq[onednn]"``.
+    ``"onednn"``: convolutions, linears, pools and gates become primitives that are called without torch, joins and
+    shuffles of channels become moves of bytes, and all write to one block of memory, whose parts are used again
+    (:mod:`fxq.direct_kernels`); needs ``pip install "fxq[onednn]"``.
     Each of them gives the same integers as torch's kernel but for ties, where it may be one more or less. A residual
     sum or activation is computed in the accumulator of the convolution before it, which is more exact: the rounding
     between them, by half a step of that convolution's output, and the clipping to its calibrated range are gone.
@@ -101,6 +102,19 @@ def freeze(qmodel: nn.Module, example_inputs: Any, *, form: str | None = None) -
     regions_of(qmodel, Stage.LOWERED)
     seen = region_inputs(qmodel, as_inputs(example_inputs))
     return map_regions(qmodel, lambda region: Frozen(region, seen[id(region)], form) if id(region) in seen else region)
+
+
+def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Any], pytree.TreeSpec]:
+    """As pytree does it; for tensors alone, as most calls have, at no cost."""
+    if not kwargs and all(type(arg) is torch.Tensor for arg in args):
+        return args, _of_leaves(len(args))
+    return pytree.tree_flatten((args, kwargs))
+
+
+@functools.cache
+def _of_leaves(count: int) -> pytree.TreeSpec:
+    """The structure of so many positional inputs."""
+    return pytree.tree_flatten(((0,) * count, {}))[1]
 
 
 def _signature(leaf: Any) -> Any:
@@ -136,12 +150,17 @@ class _Flat(nn.Module):
         super().__init__()
         self.model = model
         self.leaves, self.spec = leaves, spec
+        self.are_arguments = spec is _of_leaves(len(leaves))
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        result = self.model(*tensors) if self.are_arguments else self._unflattened(tensors)
+        return (result,) if isinstance(result, torch.Tensor) else tuple(_Result(result).tensors)
+
+    def _unflattened(self, tensors: tuple[torch.Tensor, ...]) -> Any:
         found = iter(tensors)
         leaves = [next(found) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return tuple(_Result(self.model(*args, **kwargs)).tensors)
+        return self.model(*args, **kwargs)
 
 
 _Form = tuple[Callable[..., Any], _Result]  # of tensors, a tuple of tensors; and what that stands for

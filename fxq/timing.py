@@ -15,6 +15,8 @@ from fxq.numerics import dequantize
 from fxq.qdq import DEQUANTIZE_CHANNEL, is_dequantize, is_quantize
 from fxq.spec import QParams
 
+_CALLS, _CLEARLY = 8, 1.03  # to compare two functions; how much longer one must take to be the slower one
+
 
 class Timing(NamedTuple):
     """Milliseconds a call: the minimum, which other work on the machine disturbs least, and the median."""
@@ -45,6 +47,17 @@ def measure(calls: Mapping[str, Callable[[], Any]], seconds: float, turn: float 
     return {
         name: Timing(1e3 * min(taken), 1e3 * statistics.median(taken), len(taken)) for name, taken in samples.items()
     }
+
+
+def slower(call: Callable[[], object], other: Callable[[], object]) -> bool:
+    """Whether a function takes longer than another: the shortest of some calls, which take turns."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_CALLS):
+        for run, taken in zip((call, other), times, strict=True):
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+    return min(times[0]) > _CLEARLY * min(times[1])
 
 
 def float_graph(reference: QuantModule) -> fx.GraphModule:

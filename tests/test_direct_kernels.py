@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +16,6 @@ import fxq
 from fxq import direct_kernels, direct_plan, onednn, onednn_primitives
 from fxq.buffer_plan import Span
 from fxq.direct_kernels import DirectModel
-from fxq.direct_plan import slower as takes_longer
 from fxq.engine import running
 from fxq.errors import BackendError
 from fxq.models import load_model
@@ -307,11 +305,6 @@ def test_a_kernel_that_takes_longer_than_torchs_is_not_taken(monkeypatch: pytest
     model = Lambda(lambda m, x: (y := m.a(x)) + m.b(m.d(y)), a=conv(3, 8), b=conv(8, 8), d=conv(8, 8, groups=8))
     _, direct = both(model, 1, 3, 8, 8)
     assert list(direct._steps) == ["d"]  # a depthwise one always pays
-
-
-def test_which_function_is_slower() -> None:
-    assert takes_longer(lambda: time.sleep(0.002), lambda: None)
-    assert not takes_longer(lambda: None, lambda: time.sleep(0.002))
 
 
 def test_nothing_to_replace() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from models_for_tests import Lambda, conv, quantizes
 from torch import nn
 
 import fxq
-from fxq.timing import float_graph, measure
+from fxq.timing import float_graph, measure, slower
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -36,3 +38,8 @@ def test_the_float_graph_is_the_float_model() -> None:
     with torch.no_grad():
         torch.testing.assert_close(plain(X), net(X), rtol=0, atol=0.05)
     assert sum(node.target is torch.relu for node in plain.graph.nodes) == 1
+
+
+def test_which_function_is_slower() -> None:
+    assert slower(lambda: time.sleep(0.002), lambda: None)
+    assert not slower(lambda: None, lambda: time.sleep(0.002))
