@@ -1,7 +1,8 @@
 """oneDNN's C API; :mod:`fxq.onednn_primitives` has what is computed with it.
 
 torch has oneDNN inside, but a call through ``quantized::conv2d`` takes 9 to 20 us longer than the kernel, and torch
-lets nobody else call it. ``pip install "fxq[onednn]"`` brings the same library with its C API.
+does not export oneDNN's functions. Where its library was not stripped, as in the wheels for Linux, they are called at
+the addresses that its symbol table gives; ``pip install "fxq[onednn]"`` brings an older oneDNN that exports them.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import ctypes.util
 import functools
 import importlib.metadata
 import os
+import platform
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from fxq.elf_symbols import function_addresses
 from fxq.errors import BackendError, MissingDependencyError
 
 PACKAGE = "onednn-cpu-gomp"  # shares its threads with torch
@@ -39,7 +42,7 @@ class _Version(ctypes.Structure):
     _fields_ = (("major", Int), ("minor", Int), ("patch", Int))
 
 
-_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+_STATUS_OF: dict[str, tuple[Any, ...]] = {
     "engine_create": (_New, Int, ctypes.c_size_t),
     "stream_create": (_New, Pointer, Int),
     "stream_wait": (Pointer,),
@@ -71,6 +74,15 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
         for kind in ("stream", "memory_desc", "memory", "primitive_attr", "post_ops", "primitive_desc", "primitive")
     },
 }  # fmt: skip
+_FUNCTIONS = {  # what each returns, and its arguments
+    **{name: (Int, *arguments) for name, arguments in _STATUS_OF.items()},
+    "memory_desc_get_size": (ctypes.c_size_t, Pointer),
+    "primitive_desc_query_md": (Pointer, Pointer, Int, Int),
+}
+
+
+def _function(address: int, result: Any, *arguments: Any) -> Any:
+    return ctypes.CFUNCTYPE(result, *arguments)(address)
 
 
 class Handle:
@@ -83,24 +95,27 @@ class Handle:
 
 
 class Library:
-    """libdnnl; see :func:`library`."""
+    """oneDNN; see :func:`library`.
 
-    def __init__(self, path: str) -> None:
-        found = ctypes.CDLL(path)
-        found.dnnl_version.restype = ctypes.POINTER(_Version)
-        version = found.dnnl_version().contents
+    Args:
+        addresses: of its functions, by name.
+    """
+
+    def __init__(self, addresses: Mapping[str, int]) -> None:
+        missing = [name for name in ("version", *_FUNCTIONS) if f"dnnl_{name}" not in addresses]
+        if missing:
+            raise BackendError(f"this oneDNN has no dnnl_{missing[0]}: pip install 'fxq[onednn]'")
+        version = _function(addresses["dnnl_version"], ctypes.POINTER(_Version))().contents
         self.version = f"{version.major}.{version.minor}.{version.patch}"
         if version.major != _MAJOR:
-            raise BackendError(f"{path} is oneDNN {self.version}, not {_MAJOR}: pip install 'fxq[onednn]'")
-        self._functions = {}
-        for name, arguments in _FUNCTIONS.items():
-            self._functions[name] = function = getattr(found, f"dnnl_{name}")
-            function.argtypes = arguments
+            raise BackendError(f"this is oneDNN {self.version}, not {_MAJOR}: pip install 'fxq[onednn]'")
+        self._functions = {
+            name: _function(addresses[f"dnnl_{name}"], result, *arguments)
+            for name, (result, *arguments) in _FUNCTIONS.items()
+        }
         self.execute = self._functions["primitive_execute"]
         self.set_data = self._functions["memory_set_data_handle"]
-        self._size, self._query = found.dnnl_memory_desc_get_size, found.dnnl_primitive_desc_query_md
-        self._size.argtypes, self._size.restype = (Pointer,), ctypes.c_size_t
-        self._query.argtypes, self._query.restype = (Pointer, Int, Int), Pointer
+        self._size, self._query = self._functions["memory_desc_get_size"], self._functions["primitive_desc_query_md"]
         self.engine = self.make("engine_create", None, _CPU, 0)
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -146,16 +161,16 @@ class Library:
 
 @functools.cache
 def library() -> Library:
-    """The oneDNN of the ``onednn`` extra, or the system's.
+    """torch's oneDNN, or else that of the ``onednn`` extra or the system's.
 
     Raises:
         MissingDependencyError: if there is none.
         BackendError: if it is not version 3.
     """
-    path = _path()
-    if path is None:
-        raise MissingDependencyError("this needs oneDNN's C API: pip install 'fxq[onednn]'")
-    return Library(path)
+    try:
+        return Library(_inside_torch())
+    except (OSError, LookupError, BackendError):
+        return Library(_installed())
 
 
 def is_available() -> bool:
@@ -165,6 +180,22 @@ def is_available() -> bool:
     except (MissingDependencyError, BackendError, OSError):
         return False
     return True
+
+
+def _inside_torch() -> dict[str, int]:
+    if platform.machine() != "x86_64":
+        raise LookupError("oneDNN has int8 kernels for x86")
+    path = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
+    return function_addresses(path, "dnnl_", exported="aoti_torch_device_type_cpu")
+
+
+def _installed() -> dict[str, int]:
+    path = _path()
+    if path is None:
+        raise MissingDependencyError("this needs oneDNN's C API: pip install 'fxq[onednn]'")
+    found = ctypes.CDLL(path)
+    names = [f"dnnl_{name}" for name in ("version", *_FUNCTIONS)]
+    return {name: ctypes.cast(found[name], Pointer).value or 0 for name in names if hasattr(found, name)}
 
 
 def _path() -> str | None:

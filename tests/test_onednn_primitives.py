@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fxq import onednn
-from fxq.errors import BackendError
-from fxq.onednn import library
+from fxq import onednn, onednn_primitives
+from fxq.errors import BackendError, MissingDependencyError
+from fxq.onednn import Library
 from fxq.onednn_primitives import (
     Convolution,
     ConvSpec,
@@ -24,6 +25,25 @@ from fxq.onednn_primitives import (
 )
 
 pytestmark = pytest.mark.skipif(not onednn.is_available(), reason="pip install 'fxq[onednn]' for oneDNN's C API")
+
+
+@functools.cache
+def onednn_of(source: str) -> Library | None:
+    """torch's own, or the extra's; ``None`` where it is not there."""
+    try:
+        return Library(onednn._inside_torch() if source == "torch" else onednn._installed())
+    except (OSError, LookupError, MissingDependencyError):
+        return None
+
+
+@pytest.fixture(params=["torch", "extra"], autouse=True)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
+    found = onednn_of(request.param)
+    if found is None:
+        pytest.skip(f"no oneDNN of {request.param} here")
+    monkeypatch.setattr(onednn_primitives, "library", lambda: found)
+    return found
+
 
 ACTIVATIONS = {
     None: lambda y: y, "relu": torch.relu, "swish": F.silu, "hardswish": F.hardswish, "sigmoid": torch.sigmoid,
@@ -66,7 +86,7 @@ def expected(conv: ConvSpec, x: torch.Tensor, residual: torch.Tensor | None = No
 
 
 def call(primitive: Primitive, out: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-    return primitive.call(out, library().stream())(*sources)
+    return primitive.call(out, onednn_primitives.library().stream())(*sources)
 
 
 def run(conv: ConvSpec, x: torch.Tensor) -> torch.Tensor:
@@ -168,7 +188,7 @@ def test_gates(channels: int) -> None:
 def test_inputs_may_come_in_any_layout_and_from_anywhere() -> None:
     conv, x = spec(), integers(2, 8, 9, 7)
     out = dense(torch.empty(2, 16, 9, 7, dtype=torch.uint8))
-    convolution = PrimitiveCall(Convolution(conv, x.shape, out.shape), out, library().stream())
+    convolution = PrimitiveCall(Convolution(conv, x.shape, out.shape), out, onednn_primitives.library().stream())
     first = convolution(x).clone()
     twice = dense(torch.cat([x, x.flip(0)], 1))
     for same in (x.contiguous(), x.clone(), twice[:, :8]):
@@ -181,20 +201,20 @@ def test_a_fixed_input_that_is_part_of_another_is_copied_at_each_call() -> None:
     conv, both = spec(), dense(integers(2, 16, 5, 5))
     part, out = both[:, 8:], dense(torch.empty(2, 16, 5, 5, dtype=torch.uint8))
     primitive = Convolution(conv, part.shape, out.shape)
-    fixed = PrimitiveCall(primitive, out, library().stream(), [part])
+    fixed = PrimitiveCall(primitive, out, onednn_primitives.library().stream(), [part])
     for _ in range(2):
         found = fixed().clone()
         assert torch.equal(found, call(primitive, out, part))
         both.copy_(both.flip(1))
     quantized_part = torch._make_per_tensor_quantized_tensor(both, 0.1, 3)[:, 8:]
-    fixed = PrimitiveCall(primitive, out, library().stream(), [quantized_part])
+    fixed = PrimitiveCall(primitive, out, onednn_primitives.library().stream(), [quantized_part])
     assert torch.equal(fixed().clone(), call(primitive, out, part))
 
 
 def test_a_fixed_input_is_read_at_each_call() -> None:
     conv, x = spec(), integers(1, 8, 5, 5)
     out = dense(torch.empty(1, 16, 5, 5, dtype=torch.uint8))
-    convolution = PrimitiveCall(Convolution(conv, x.shape, out.shape), out, library().stream(), [x])
+    convolution = PrimitiveCall(Convolution(conv, x.shape, out.shape), out, onednn_primitives.library().stream(), [x])
     before = convolution(x).clone()
     x.copy_(x.flip(1))
     assert not torch.equal(convolution(x), before)
