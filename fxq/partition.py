@@ -436,7 +436,7 @@ class _Search:
                 region.offer_descriptions()
                 self.done[id(child)] = child, region
                 return True
-        if inputs is not None and not self._runs_in_part(*child.children()):
+        if inputs is not None and not all(map(self._runs_in_part, filter(_has_weights, child.children()))):
             self._look_inside(child, inputs)
         del inputs
         found = self.inside(child, path)

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from models_for_tests import Lambda, conv, quiet
+from models_for_tests import Lambda, Two, conv, quiet
 from torch import nn
 
 import fxq
@@ -906,3 +906,22 @@ def test_parts_whose_inputs_are_freed():
     assert {"1.first", "1.second"} < set(regions_of(quantized))
     with torch.no_grad():
         assert sqnr(model(x), quantized(x)) > 25
+
+
+class CalledInPart(nn.Module):
+    """Calls a part of a part before the part itself, as Tacotron does with the projection of its memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Two(lambda m, x, y: m.last(m.query(x) + y), query=conv(), memory=conv(), last=conv(4, 4))
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return self.attention(x, self.attention.memory(x))
+
+
+def test_a_part_that_is_called_from_outside_leaves_the_others_to_be_found():
+    model = CalledInPart().eval()
+    quantized = quiet(fxq.quantize, model, [torch.randn(2, 3, 8, 8)])
+    assert set(regions_of(quantized)) == {"attention.query", "attention.memory", "attention.last"}
