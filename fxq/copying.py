@@ -117,23 +117,28 @@ def copy_container(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, (dict, list, set)) else value
 
 
-def copy_inputs(value: Any) -> Any:
+def copy_inputs(value: Any, *, own: bool = False) -> Any:
     """Inputs as they are now: tensors on the same memory, which a model may let go of, and copies of objects that it
     may change, such as a cache of keys and values.
+
+    Args:
+        own: tensors get memory of their own, for a run that must not change the user's, as ``x *= 255`` does.
     """
-    return _copy_input(value, {})
+    return _copy_input(value, {}, own)
 
 
-def _copy_input(value: Any, memo: dict[int, Any]) -> Any:
+def _copy_input(value: Any, memo: dict[int, Any], own: bool) -> Any:
     if type(value) is torch.Tensor:
-        return memo.setdefault(id(value), value.detach())  # one stays one: attention asks if keys are values
+        if id(value) not in memo:
+            memo[id(value)] = value.detach().clone() if own else value.detach()
+        return memo[id(value)]  # one stays one: attention asks if keys are values
     if value is None or isinstance(value, (torch.Tensor, nn.Module, bool, int, float, str)):
         return value
     if type(value) in (tuple, list):
-        return type(value)(_copy_input(item, memo) for item in value)
+        return type(value)(_copy_input(item, memo, own) for item in value)
     if isinstance(value, dict):
         clone = copy.copy(value)
-        clone.update((key, _copy_input(item, memo)) for key, item in value.items())
+        clone.update((key, _copy_input(item, memo, own)) for key, item in value.items())
         return clone
     try:
         return copy.deepcopy(value, memo)

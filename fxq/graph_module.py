@@ -88,11 +88,14 @@ class QuantModule(fx.GraphModule):
 
     def offer_descriptions(self) -> None:
         """Let code around the module ask for what the plan describes, where the tensor itself is not there."""
-        for path, fact in self.plan.described.items() if "fxq" in self.meta else ():
+        if "fxq" not in self.meta:
+            return
+        offered = {path: value for path, value in self.plan.attributes.items() if "." in path}
+        offered |= {path: Described(path, fact.shape, fact.dtype) for path, fact in self.plan.described.items()}
+        for path, value in offered.items():
             if not _taken(self, path):
                 parent, _, name = path.rpartition(".")
-                described = Described(path, fact.shape, fact.dtype)
-                holder_at(self, parent).__dict__[name] = described
+                holder_at(self, parent).__dict__[name] = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantModule:
         # Packed weights never change, and copying one would pack it again under whatever engine is set.

@@ -18,8 +18,8 @@ _LAYERS = {op.target: op for op in (*CONVS, *CONV_TRANSPOSES, LINEAR)}
 
 def count_macs(weight: torch.Tensor, x: torch.Tensor, out: torch.Tensor, transposed: bool) -> int:
     """Multiply-accumulates of one layer: each output of a conv or linear, each input of a transposed conv, meets one
-    slice ``weight[0]`` of the weight."""
-    return (x if transposed else out).numel() * weight[0].numel()
+    slice of the weight."""
+    return (x if transposed else out).numel() * weight.shape[1:].numel()
 
 
 def node_macs(op: Op, arguments: tuple[Any, ...], out: torch.Tensor) -> int:

@@ -8,7 +8,7 @@ module, which has other parts, while the code around it stays as it is. ``self.e
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +74,13 @@ def _without_values(described: Described) -> torch.Tensor:
     return torch.empty((), dtype=described.dtype).expand(described.shape)
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a name or the like, or some of them."""
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+
+
 @dataclass
 class Reads:
     """What code outside reads while the modules do not run.
@@ -81,10 +88,12 @@ class Reads:
     Attributes:
         parts: paths of the modules whose parts it takes.
         described: paths of tensors of which it only asks what :class:`Described` can say, in the order of reading.
+        attributes: numbers and names that it reads, such as ``kernel_size``, by path.
     """
 
     parts: set[str] = field(default_factory=set)
     described: dict[str, None] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 class _Watched(torch.Tensor):
@@ -121,6 +130,7 @@ class _Chains:
         self.reads = reads
         self.reached: nn.Module | None = None
         self.through: tuple[str, ...] = ()
+        self.asked: dict[int, tuple[str, ...]] = {}  # through what the modules were reached that were asked for numbers
 
     def read(self, module: nn.Module, path: str, name: str, value: Any) -> Any:
         """Note the read of a module's part; returns what the reader gets."""
@@ -151,8 +161,25 @@ class _Chains:
         self.reads.described[path] = None
         return _watched(tensor, lambda: self.reads.parts.update(through))
 
+    def ask(self, module: nn.Module, path: str, name: str, value: Any, running: Collection[str]) -> None:
+        """Note what is got from a module that was reached: numbers and names leave it free to become part of a region.
+
+        Args:
+            running: the paths of modules that run; of those that the module was reached through, they run it.
+        """
+        if name.startswith("_"):
+            return
+        if module is self.reached and is_plain(value):
+            self.asked[id(module)] = self.through
+            self.reached = None
+        through = self.asked.get(id(module), ())
+        if is_plain(value):
+            self.reads.attributes[f"{path}.{name}"] = value
+        elif not any(around in running for around in through):
+            self.reads.parts.update(through)
+
     def end(self) -> None:
-        """What a chain ends with, other than with a tensor, may be used in any way."""
+        """What a chain ends with, other than with a tensor or a number, may be used in any way."""
         if self.reached is not None:
             self.reads.parts.update(self.through)
         self.reached = None
@@ -172,6 +199,12 @@ def watching_reads(model: nn.Module) -> Iterator[Reads]:
         value = original(module, name)
         if running and id(module) in paths and id(module) not in running:
             return chains.read(module, paths[id(module)], name, value)
+        return value
+
+    def get(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        if module is chains.reached or id(module) in chains.asked:
+            chains.ask(module, paths[id(module)], name, value, {paths[part] for part in running})
         return value
 
     def named_parameters(
@@ -197,11 +230,12 @@ def watching_reads(model: nn.Module) -> Iterator[Reads]:
 
     handles = []
     for module in model.modules():
-        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_pre_hook(enter, prepend=True))  # before those that compute weights
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         with (
             mock.patch.object(nn.Module, "__getattr__", read),
+            mock.patch.object(nn.Module, "__getattribute__", get),
             mock.patch.object(nn.Module, "named_parameters", named_parameters),
         ):
             yield found

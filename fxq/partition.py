@@ -23,7 +23,7 @@ from fxq.copying import borrowed, copy_inputs, copy_structure, give_back, only_r
 from fxq.errors import ConfigError, FxqError, InputError, StageError, TraceError
 from fxq.graph_module import REFERENCE, QuantModule, get_attribute, list_descriptions
 from fxq.macs import counting
-from fxq.outside_reads import Reads, watching_reads
+from fxq.outside_reads import Reads, is_plain, watching_reads
 from fxq.plan import EXCLUDED, Stage, TensorFact
 from fxq.tracing import seems_traceable
 from fxq.write_guard import WriteGuard, WriteRefused
@@ -283,7 +283,7 @@ def _recorded(model: nn.Module, inputs: Inputs) -> Recording:
 def _record(model: nn.Module, inputs: Inputs) -> Recording:
     """What the submodules do when the model runs on its example inputs."""
     try:
-        args, kwargs = copy_inputs(inputs)
+        args, kwargs = copy_inputs(inputs, own=True)
         with torch.no_grad(), recording(model) as found:
             model(*args, **kwargs)
     except (FxqError, WriteRefused):
@@ -431,7 +431,7 @@ class _Search:
                 if isinstance(child, _READ_THEIR_PARTS):
                     return False
             else:
-                region.plan.attributes.update(_plain_attributes(child))
+                region.plan.attributes.update(_plain_attributes(child) | self._asked(child))
                 region.plan.described.update(self._described(child))
                 region.offer_descriptions()
                 self.done[id(child)] = child, region
@@ -443,6 +443,13 @@ class _Search:
         if found:
             self.left.pop(path, None)  # its parts are regions
         return found
+
+    def _asked(self, module: nn.Module) -> dict[str, Any]:
+        """The plain attributes of the parts of a module that code outside reads, by their path in it."""
+        prefix = f"{self.first_path[id(module)]}."
+        asked = self.reads.attributes.items()
+        inside = {path.removeprefix(prefix): value for path, value in asked if path.startswith(prefix)}
+        return {path: value for path, value in inside.items() if "." in path}
 
     def _described(self, module: nn.Module) -> dict[str, TensorFact]:
         """The tensors of a module of which code outside asks for descriptions, by their path in it."""
@@ -480,11 +487,6 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in (values | vars(module)).items()
-        if not name.startswith("_") and name != "training" and _is_plain(value)
+        if not name.startswith("_") and name != "training" and is_plain(value)
     }
 
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))

@@ -219,7 +219,7 @@ class QuantPlan:
         notes: what the summary says about choices that hold for the whole model.
         macs: multiply-accumulates of each conv, linear and float module with the example inputs.
         model: class name of the user's model.
-        attributes: plain attributes of the user's module, which code around it may read.
+        attributes: plain attributes of the user's module, which code around it may read; those of its parts by path.
         described: of which tensors code around the module may ask shape and dtype, by path.
         weight_bytes: bytes of the quantized weights as float32 and as integers with their qparams.
         untraceable: reason for each float module inside that could not be traced, by path.

@@ -151,7 +151,7 @@ def prepare_model(
 
 def _runs(model: nn.Module, inputs: Inputs) -> bool:
     """Whether a model itself runs on its example inputs."""
-    args, kwargs = copy_inputs(inputs)
+    args, kwargs = copy_inputs(inputs, own=True)
     try:
         with torch.no_grad():
             copy_structure(model, {}).eval()(*args, **kwargs)

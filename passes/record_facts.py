@@ -66,7 +66,7 @@ class RecordFacts(Pass):
         plan.containers.clear()
         plan.macs.clear()
         placeholders = [node for node in recorder.graph.nodes if node.op == "placeholder"]
-        args, kwargs = copy_inputs((self.args, self.kwargs))
+        args, kwargs = copy_inputs((self.args, self.kwargs), own=True)
         values = list(args)
         for node in placeholders[len(values) :]:
             if node.target in kwargs:

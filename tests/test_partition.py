@@ -925,3 +925,71 @@ def test_a_part_that_is_called_from_outside_leaves_the_others_to_be_found():
     model = CalledInPart().eval()
     quantized = quiet(fxq.quantize, model, [torch.randn(2, 3, 8, 8)])
     assert set(regions_of(quantized)) == {"attention.query", "attention.memory", "attention.last"}
+
+
+class AsksKernelSize(nn.Module):
+    """Pads by what it reads of a conv two modules away, whose weight a hook computes, as EnCodec does."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(torch.nn.utils.weight_norm(nn.Conv1d(3, 4, 5, dilation=2)), nn.ReLU())
+
+    def forward(self, x):
+        first = self.body.get_submodule("0")
+        padding = (first.kernel_size[0] - 1) * first.dilation[0]
+        return self.body(nn.functional.pad(x, (padding, 0)) if x.sum() > -1e9 else x)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_numbers_inside_a_region_are_still_readable(tmp_path):
+    torch.manual_seed(0)
+    model, x = AsksKernelSize().eval(), torch.randn(2, 3, 20)
+    prepared = quiet(fxq.prepare, model, x)
+    fxq.calibrate(prepared, [x])
+    reference = fxq.convert_to_reference(prepared)
+    fxq.save(reference, tmp_path / "model.fxq")
+    loaded = fxq.load(tmp_path / "model.fxq", model=model)
+    lowered = fxq.lower(reference, "x86")
+    with torch.no_grad():
+        for made in (prepared, reference, lowered, copy.deepcopy(lowered), loaded):
+            assert set(regions_of(made)) == {"body"}
+            assert sqnr(model(x), made(x)) > 25
+
+
+class AsksAndCalls(AsksKernelSize):
+    def forward(self, x):
+        first = self.body.get_submodule("0")
+        padding = first.kernel_size[0] if x.sum() > -1e9 else 0
+        return self.body.get_submodule("1")(first(nn.functional.pad(x, (padding, 0))))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_what_is_asked_and_called_from_outside_is_no_part_of_a_region():
+    torch.manual_seed(0)
+    model, x = AsksAndCalls().eval(), torch.randn(2, 3, 20)
+    quantized = quiet(fxq.quantize, model, [x])
+    assert set(regions_of(quantized)) == {"body.0"}
+    with torch.no_grad():
+        assert sqnr(model(x), quantized(x)) > 25
+
+
+class ChangesItsInput(nn.Module):
+    def __init__(self, whole):
+        super().__init__()
+        self.conv, self.whole = conv(), whole
+
+    def forward(self, x):
+        if not self.whole and x.sum() > 1e9:
+            return x
+        x *= 100
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_that_changes_its_input_is_calibrated_on_what_was_given(whole):
+    torch.manual_seed(0)
+    model, batch = ChangesItsInput(whole).eval(), torch.randn(2, 3, 8, 8)
+    x = batch.clone()
+    quantized = quiet(fxq.quantize, model, [batch])
+    with torch.no_grad():
+        assert sqnr(model(x.clone()), quantized(x.clone())) > 25
