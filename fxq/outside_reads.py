@@ -223,6 +223,8 @@ def watching_reads(model: nn.Module) -> Iterator[Reads]:
             yield name, chains.describe(parameter, f"{read[-1]}.{own}", read)
 
     def enter(module: nn.Module, _: Any) -> None:
+        if module is chains.reached:
+            chains.end()
         running.append(id(module))
 
     def leave(module: nn.Module, _: Any, __: Any) -> None:

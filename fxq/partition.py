@@ -11,6 +11,7 @@ what is traceable in it becomes regions of their own.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -39,11 +40,13 @@ class Recording:
         seen: inputs of the first call of each submodule with weights; of those inside a submodule that seems to become
             a region as a whole, only where they are called from outside it.
         macs: multiply-accumulates of convs and linears.
+        optional: the parameters of a class's forward that were a tensor in some calls, of any module of the class.
         reads: what code outside submodules reads of them.
     """
 
     seen: dict[str, Inputs] = field(default_factory=dict)
     macs: Mapping[str, int] = field(default_factory=dict)
+    optional: dict[type[nn.Module], set[str]] = field(default_factory=dict)
     reads: Reads = field(default_factory=Reads)
 
 
@@ -297,6 +300,7 @@ def _record(model: nn.Module, inputs: Inputs) -> Recording:
 def recording(model: nn.Module, untraceable: Iterable[nn.Module] = ()) -> Iterator[Recording]:
     """While open, records what the submodules do; of some it is known that they cannot be traced as a whole."""
     seen: dict[str, Inputs] = {}
+    optional: dict[type[nn.Module], set[str]] = {}
     handles = []
     whole = _seem_whole(model, {id(module) for module in untraceable})
     running: list[set[int]] = []  # the parts of those that seem to become regions, of which nothing is recorded
@@ -307,6 +311,7 @@ def recording(model: nn.Module, untraceable: Iterable[nn.Module] = ()) -> Iterat
         def record(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
             if path not in seen and not any(id(called) in parts for parts in running):
                 seen[path] = copy_inputs((args, kwargs))
+                optional.setdefault(type(called), set()).update(_optional(called, (args, kwargs), torch.Tensor))
             if id(called) in whole:
                 running.append(whole[id(called)])
 
@@ -318,10 +323,18 @@ def recording(model: nn.Module, untraceable: Iterable[nn.Module] = ()) -> Iterat
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         with counting(model) as macs, watching_reads(model) as reads:
-            yield Recording(seen, macs, reads)
+            yield Recording(seen, macs, optional, reads)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _optional(module: nn.Module, inputs: Inputs, kind: type) -> set[str]:
+    """The parameters of a module's forward that may be ``None`` and that a call gives a value of a kind."""
+    parameters = inspect.signature(module.forward).parameters
+    given = dict(zip(parameters, inputs[0], strict=False)) | dict(inputs[1])
+    values = {name: given.get(name) for name, parameter in parameters.items() if parameter.default is None}
+    return {name for name, value in values.items() if isinstance(value, kind)}
 
 
 def _seem_whole(model: nn.Module, untraceable: Set[int]) -> dict[int, set[int]]:
@@ -389,7 +402,8 @@ class _Search:
     def __init__(
         self, root: nn.Module, found: Recording, left: dict[str, str], prepare_region: PrepareRegion
     ) -> None:
-        self.seen, self.reads, self.left, self.prepare_region = found.seen, found.reads, left, prepare_region
+        self.seen, self.optional, self.reads = found.seen, found.optional, found.reads
+        self.left, self.prepare_region = left, prepare_region
         self.reached = set(found.seen)
         self.first_path = {id(module): path for path, module in root.named_modules()}
         self.done: dict[int, tuple[nn.Module, QuantModule | None]] = {}  # with the module, which keeps its id taken
@@ -424,25 +438,41 @@ class _Search:
             self.left[path] = "the example inputs do not reach it"
             return False
         elif inputs is not None:
-            try:
-                region = self.prepare_region(child, inputs, path)
-            except TraceError as error:
-                self.left[path] = error.statement
-                if isinstance(child, _READ_THEIR_PARTS):
-                    return False
-            else:
-                region.plan.attributes.update(_plain_attributes(child) | self._asked(child))
-                region.plan.described.update(self._described(child))
-                region.offer_descriptions()
-                self.done[id(child)] = child, region
+            if self._is_called_otherwise(child, inputs):
+                self._look_inside(child, inputs)
+                if self.inside(child, path):
+                    return True
+            if self._becomes_region(child, path, inputs):
                 return True
-        if inputs is not None and not all(map(self._runs_in_part, filter(_has_weights, child.children()))):
+            if isinstance(child, _READ_THEIR_PARTS):
+                return False
+        if inputs is not None:
             self._look_inside(child, inputs)
         del inputs
         found = self.inside(child, path)
         if found:
             self.left.pop(path, None)  # its parts are regions
         return found
+
+    def _is_called_otherwise(self, module: nn.Module, inputs: Inputs) -> bool:
+        """Whether others of its class get a tensor where it gets ``None``, as shifted windows do a mask: with inputs of
+        other sizes it may get one too, which a region that was traced without could not take.
+        """
+        if isinstance(module, _READ_THEIR_PARTS):
+            return False
+        return bool(self.optional.get(type(module), set()) & _optional(module, inputs, type(None)))
+
+    def _becomes_region(self, child: nn.Module, path: str, inputs: Inputs) -> bool:
+        try:
+            region = self.prepare_region(child, inputs, path)
+        except TraceError as error:
+            self.left[path] = error.statement
+            return False
+        region.plan.attributes.update(_plain_attributes(child) | self._asked(child))
+        region.plan.described.update(self._described(child))
+        region.offer_descriptions()
+        self.done[id(child)] = child, region
+        return True
 
     def _asked(self, module: nn.Module) -> dict[str, Any]:
         """The plain attributes of the parts of a module that code outside reads, by their path in it."""
@@ -462,7 +492,9 @@ class _Search:
         return any(self.first_path.get(id(part)) in self.reached for module in modules for part in module.modules())
 
     def _look_inside(self, module: nn.Module, inputs: Inputs) -> None:
-        """Record what the parts of a module get, which seemed to become a region and did not."""
+        """Record what the parts of a module get, if it seemed to become a region, for then it was not recorded."""
+        if all(map(self._runs_in_part, filter(_has_weights, module.children()))):
+            return
         with suppress(InputError):
             for path, given in _recorded(module, inputs).seen.items():
                 self.seen.setdefault(self.first_path.get(id(module.get_submodule(path)), path), given)

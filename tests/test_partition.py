@@ -993,3 +993,37 @@ def test_a_model_that_changes_its_input_is_calibrated_on_what_was_given(whole):
     quantized = quiet(fxq.quantize, model, [batch])
     with torch.no_grad():
         assert sqnr(model(x.clone()), quantized(x.clone())) > 25
+
+
+class Shifted(nn.Module):
+    """Masks every second block, and at other sizes than it was made for every one, as SwinIR does."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.ModuleList(MaskedPair() for _ in range(2))
+
+    def forward(self, x):
+        for number, attention in enumerate(self.attention):
+            other = x.shape[-1] != 8
+            x = attention(x, mask=torch.ones_like(x) if number or other else None)
+        return x
+
+
+class MaskedPair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = conv(3, 3), conv(3, 3)
+
+    def forward(self, x, mask=None):
+        x = self.first(x)
+        return self.second(x if mask is None else x * mask)
+
+
+def test_what_others_of_its_class_get_a_part_may_get_at_another_size():
+    torch.manual_seed(0)
+    model = Shifted().eval()
+    quantized = quiet(fxq.quantize, model, [torch.randn(2, 3, 8, 8)])
+    assert set(regions_of(quantized)) == {"attention.0.first", "attention.0.second", "attention.1"}
+    other = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        assert sqnr(model(other), quantized(other)) > 20
