@@ -331,6 +331,8 @@ def main() -> None:
     parser.add_argument("--ship", action="store_true", help="write and run every format; with --model, only that")
     parser.add_argument("--peer", action="store_true", help="run torch.ao FX on the same model and data")
     options = parser.parse_args()
+    if options.model:
+        torch.set_num_threads(1)
     if options.model and options.ship:
         print(json.dumps(ship(options.model)))
     elif options.model:
