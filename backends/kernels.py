@@ -7,6 +7,7 @@ dtypes, so that it can be exchanged when torch removes them.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -179,13 +180,16 @@ class Binary:
         return f"quantized::{self.name}"
 
     def __call__(self, e: Emission) -> Node:
-        other = e.input("other")
+        x, other = e.input("input"), e.input("other")
         if not isinstance(other, Node):
             other = e.constant("scalar", _one_element(float(other)))
-        elif self.name == "mul" and not e.relu and e.shape("input") != e.shape("other"):
-            return e.call(multiply, e.input("input"), other, e.out.scale, e.out.zero_point)
+        else:
+            if math.prod(e.shape("input")) < math.prod(e.shape("other")):
+                x, other = other, x  # the kernels make room for an output of the first one's shape
+            if self.name == "mul" and not e.relu and e.shape("input") != e.shape("other"):
+                return e.call(multiply, x, other, e.out.scale, e.out.zero_point)
         target = _operator(f"{self.name}_relu" if e.relu else self.name)
-        return e.call(target, e.input("input"), other, e.out.scale, e.out.zero_point)
+        return e.call(target, x, other, e.out.scale, e.out.zero_point)
 
 
 def multiply(x: torch.Tensor, other: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:

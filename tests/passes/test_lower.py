@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import operator
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from models_for_tests import Two, conv
 from torch import nn
 
 import fxq
 from fxq.agreement import kernel_agreement
 from fxq.backends import BACKENDS, get_backend
 from fxq.graph_module import QuantModule
+from fxq.numerics import sqnr
 from fxq.plan import Status
 
 ROWS = pytest.mark.parametrize("backend", BACKENDS)
@@ -203,3 +207,16 @@ fxq.quantize(model, [torch.randn(2, 3, 8, 8)], backend="{backend}", progress=Fal
 def test_no_warnings(backend: str) -> None:
     done = subprocess.run([sys.executable, "-c", SILENT.format(backend=backend)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("op", [operator.add, operator.mul])
+def test_the_first_operand_of_a_broadcasting_kernel_has_its_output_s_shape(op: Any) -> None:
+    """torch's kernels make room for an output of that shape, and warn when they have to make more."""
+    torch.manual_seed(0)
+    model = Two(lambda m, x, y: op(m.a(x), m.b(y)), a=conv(), b=conv())
+    small, large = torch.randn(1, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    qmodel = fxq.quantize(model, [(small, large)])
+    (node,) = [node for node in qmodel.graph.nodes if node.name == op.__name__]
+    assert node.args[0].name == "b"
+    with torch.no_grad():
+        assert sqnr(model(small, large), qmodel(small, large)) > 25
