@@ -95,7 +95,7 @@ def model_inputs(batch: Any, parameters: list[inspect.Parameter]) -> tuple[tuple
     """``(args, kwargs)`` that a batch means for a forward with these parameters.
 
     A tuple longer than the forward's parameters is ``(inputs..., labels...)``: what is too much is dropped. A dict
-    is keyword inputs; keys the forward does not know are dropped.
+    is keyword inputs; keys the forward does not know are dropped, unless it takes any (``**kwargs``).
 
     Raises:
         CalibrationError: where the batch does not tell which of its members are labels.
@@ -103,7 +103,8 @@ def model_inputs(batch: Any, parameters: list[inspect.Parameter]) -> tuple[tuple
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if isinstance(batch, Mapping):
         known = {name: value for name, value in batch.items() if name in names}
-        return ((), known) if known else ((batch,), {})
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        return ((), dict(batch) if takes_all else known) if known else ((batch,), {})
     if not isinstance(batch, (tuple, list)):
         return (batch,), {}
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):

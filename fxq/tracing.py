@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from fxq.config import qualified_name
 from fxq.copying import (
@@ -226,6 +227,9 @@ class Tracer(fx.Tracer):
     ) -> Any:
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, fx.Proxy):
+                value.node  # noqa: B018  of an attribute such as x.hidden: made when first asked for, and kept
         last = next(reversed(self.graph.nodes), None)
         around = self.module_stack.copy()
         try:

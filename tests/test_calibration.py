@@ -333,3 +333,15 @@ def test_ranges_that_the_graph_knows(
         assert zero_point == 0
     if isinstance(activation, (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh)):  # whatever was seen: kernels dictate it
         assert (real_low, real_high) == (low, high)
+
+
+@pytest.mark.parametrize(
+    ("forward", "batch", "expected"),
+    [
+        (lambda x, **more: x, {"x": 1, "mask": 2}, ((), {"x": 1, "mask": 2})),
+        (lambda x, scale=1: x, {"x": 1, "label": 2}, ((), {"x": 1})),
+        (lambda batch, **more: batch, {"x": 1}, (({"x": 1},), {})),
+    ],
+)
+def test_what_a_dict_means(forward, batch, expected):
+    assert model_inputs(batch, list(inspect.signature(forward).parameters.values())) == expected

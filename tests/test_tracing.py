@@ -504,3 +504,19 @@ def test_padding_computed_from_the_size_is_traced(tmp_path):
 
 
 original_max = max
+
+
+class Branching(nn.Module):
+    """Cannot be traced, and uses its input before."""
+
+    def forward(self, x):
+        x = x + 1
+        return x if x.sum() > 0 else -x
+
+
+def test_an_attribute_that_a_module_which_cannot_be_traced_gets():
+    model = Lambda(lambda m, x: m.branching(x.mT) + x.mT, branching=Branching())
+    module, untraceable = trace(model, (X,), {})
+    module.graph.lint()
+    assert set(untraceable) == {"branching"}
+    same(module(X), model(X))
