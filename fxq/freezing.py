@@ -69,7 +69,7 @@ def freeze(qmodel: nn.Module, example_inputs: Any, *, form: str | None = None) -
 
     ``"onednn"``: convolutions, linears, pools and gates become primitives that are called without torch, joins and
     shuffles of channels become moves of bytes, and all write to one block of memory, whose parts are used again
-    (:mod:`fxq.direct_kernels`); needs ``pip install "fxq[onednn]"``.
+    (:mod:`fxq.direct_kernels`). Where torch's library is stripped of its symbols: ``pip install "fxq[onednn]"``.
     Each of them gives the same integers as torch's kernel but for ties, where it may be one more or less. A residual
     sum or activation is computed in the accumulator of the convolution before it, which is more exact: the rounding
     between them, by half a step of that convolution's output, and the clipping to its calibrated range are gone.
@@ -80,7 +80,7 @@ def freeze(qmodel: nn.Module, example_inputs: Any, *, form: str | None = None) -
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs, of the shapes, dtypes and
             memory formats that it will be called with. channels_last images save a conversion.
         form: one of the two; by default the one that takes less time with the example inputs on this machine, of
-            those that are installed.
+            those that there are.
 
     Returns:
         A module that is called like ``qmodel`` and takes inputs of other shapes, too: these run in ``qmodel`` itself.
@@ -91,7 +91,7 @@ def freeze(qmodel: nn.Module, example_inputs: Any, *, form: str | None = None) -
             if it calls a module that decides by the values it is given, or takes numbers from values (``item``).
         BackendError: if torch's frozen graph gives other numbers, or if no layer can be called directly.
         ConfigError: for an unknown form.
-        MissingDependencyError: for ``"onednn"`` if it is not installed.
+        MissingDependencyError: for ``"onednn"`` if there is none that can be called.
 
     Example:
         >>> frozen = fxq.freeze(qmodel, torch.rand(1, 3, 224, 224))                   # doctest: +SKIP
