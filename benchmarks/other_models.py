@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from coverage import append_row, read, shares, status
+from more_libraries import MORE, more_builders
 from random_models import make_alive
 from torch import nn
 
@@ -29,7 +30,7 @@ import fxq
 from fxq.numerics import sqnr
 from fxq.torchvision_ops import import_torchvision
 
-LIBRARIES = ("timm", "transformers", "smp", "pytorchcv", "ultralytics", "monai")
+LIBRARIES = ("timm", "transformers", "smp", "pytorchcv", "ultralytics", "monai", *MORE)
 
 Batch = Callable[[int, int], Any]  # of a batch size and a seed
 Build = Callable[[], tuple[nn.Module, Batch]]
@@ -60,7 +61,7 @@ channelnet condensenet74_c8_g8 darknet53 densenet121 diaresnet10 dicenet_wd5 dir
 edanet_cityscapes efficientnet_b0 fbnet_cb fishnet99 ghostnet hardnet39ds hrnet_w18_small_v1 ibn_resnet50 igcv3_wd4
 irevnet301 isqrtcovresnet18 linknet_cityscapes menet108_8x1_g3 mixnet_s mnasnet_small mobilenetv2_wd4
 mobilenetv3_small_w7d20 octresnet10_ad2 peleenet preresnet18_wd4 proxylessnas_mobile pyramidnet110_a48_cifar10
-regnetx002 resattnet56 scnet50 selecsls42 shufflenet_g1_w3d4 shufflenetv2_wd2 simplepose_resnet18_coco sknet50
+regnetx002 resattnet56 revnet38 scnet50 selecsls42 shufflenet_g1_w3d4 shufflenetv2_wd2 simplepose_resnet18_coco sknet50
 sparsenet121 spnasnet squeezenet_v1_1 sqnxt23_w1 unet_cityscapes vovnet27s xdensenet121_2 zfnet
 """
 ULTRALYTICS = """
@@ -176,6 +177,8 @@ def _inputs(kind: str, size: int = 64, channels: int = 3) -> Batch:
 def builders(library: str) -> dict[str, Build]:
     """What makes each model of a library, and its batches."""
     import_torchvision()
+    if library in MORE:
+        return more_builders(library)
     if library == "timm":
         import timm
 
