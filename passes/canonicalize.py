@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
+from torch.fx.node import map_aggregate
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -51,6 +52,8 @@ class Canonicalize(Pass):
                 continue
             plan.origins.setdefault(node.name, _origin(node, module))
             changed += self._canonicalize(node, module, plan)
+        for node in module.graph.nodes:
+            node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _as_python)
         module.graph.eliminate_dead_code()
         for node in module.graph.nodes:
             node.meta.pop("nn_module_stack", None)  # the origins say it in short
@@ -155,6 +158,11 @@ class _Attribute:
 
     def __init__(self, path: str, tensor: torch.Tensor) -> None:
         self.path, self.tensor = path, tensor
+
+
+def _as_python(value: Any) -> Any:
+    """A number of numpy, as strides that a library computed are, as Python's: code of a graph can name no other."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 else value
 
 
 def _origin(node: Node, module: QuantModule) -> Origin:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from models_for_tests import OPS, Lambda, Two, canonical, conv, graph_text, op_names, reason, run, same
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils._pytree import tree_leaves
 
 import fxq
 from fxq.graph_module import get_attribute
@@ -466,3 +468,14 @@ def test_a_wrapped_function_called_as_a_statement_keeps_its_effect():
     with torch.no_grad():
         assert torch.equal(prepared(x), model(x))
         assert torch.allclose(fxq.convert(prepared)(x), model(x), atol=0.1)
+
+
+def test_numbers_of_numpy_become_python_s() -> None:
+    """pytorchvideo computes strides with numpy."""
+    strided = nn.Conv2d(3, 4, 3, stride=(np.int64(2), np.int64(1)))
+    model = nn.Sequential(strided, nn.Hardtanh(np.float64(-1.0), 2.0)).eval()
+    qmodel = fxq.quantize(model, [torch.randn(2, 3, 8, 8)])
+    prepared = fxq.prepare(model, torch.randn(2, 3, 8, 8))
+    arguments = tree_leaves([(node.args, node.kwargs) for node in prepared.graph.nodes])
+    assert not any(isinstance(value, np.generic) for value in arguments)
+    assert qmodel(torch.randn(1, 3, 8, 8)).shape == (1, 4, 3, 6)
