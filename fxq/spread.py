@@ -62,7 +62,8 @@ class KeepSpread:
         self._held, every = [], 1
         for number, batch in enumerate(self.data):
             if self.samples and number % every == 0:
-                self._held = self._shortened([*self._held, batch])
+                own = tree_map_only(torch.Tensor, torch.clone, batch)  # a model may write to what it is given
+                self._held = self._shortened([*self._held, own])
                 if len(self._held) > 1 and _count(self._held) > 2 * self.samples:
                     self._held, every = self._held[::2], 2 * every
             yield batch

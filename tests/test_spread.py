@@ -83,3 +83,11 @@ def test_biases_are_corrected_on_sorted_data():
         return (corrected(everything) - net(everything)).mean(0).abs().max().item()
 
     assert shift(spread.kept) < 0.3 * shift(data[:2])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_model_does_to_its_input_does_not_reach_the_samples(whole: bool) -> None:
+    data = KeepSpread([torch.arange(4), torch.arange(4, 8)], 8, whole=whole)
+    for batch in data:
+        batch.zero_()
+    assert torch.equal(torch.cat(data.kept), torch.arange(8))
