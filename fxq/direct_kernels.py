@@ -36,6 +36,7 @@ _FRESH = {
     narrow_max_pool2d, as_uint8,
 }  # fmt: skip
 _VIEWS = (torch.chunk, torch.split, operator.getitem, torch.flatten, torch.Tensor.reshape)
+_READ_STRIDES = (torch.as_strided, "as_strided", "stride", "is_contiguous")
 
 
 class DirectModel:
@@ -50,11 +51,13 @@ class DirectModel:
 
     Raises:
         MissingDependencyError: without oneDNN's C API.
-        BackendError: if there is nothing to replace.
+        BackendError: if there is nothing to replace, or the model reads strides.
     """
 
     def __init__(self, model: QuantModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         library()
+        if any(node.target in _READ_STRIDES for node in model.graph.nodes):
+            raise BackendError("this model depends on how tensors lie in memory, which would be otherwise here")
         planner = Planner(model)
         with running():
             planner.run(*bound_arguments(model, args, kwargs).values())

@@ -36,7 +36,10 @@ def function_addresses(path: str, prefix: str, exported: str) -> dict[str, int]:
     if not hasattr(library, exported):
         raise LookupError(f"{path} exports no {exported}")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found = _offsets(content, prefix) | _offsets(content, exported)
+        try:
+            found = _offsets(content, prefix) | _offsets(content, exported)
+        except (struct.error, ValueError) as error:
+            raise LookupError(f"the symbol table of {path} cannot be read: {error}") from error
     if exported not in found:
         raise LookupError(f"{path} does not name {exported}")
     base = ctypes.cast(getattr(library, exported), ctypes.c_void_p).value - found[exported]  # type: ignore[operator]

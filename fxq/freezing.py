@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from fxq.api import as_inputs
 from fxq.direct_kernels import DirectModel
 from fxq.engine import running
 from fxq.errors import BackendError, ConfigError, MissingDependencyError, StageError
-from fxq.graph_module import QuantModule
+from fxq.graph_module import QuantModule, offer_descriptions, parameters_and_descriptions
 from fxq.partition import Inputs, map_regions, region_inputs, regions_of
 from fxq.plan import Stage
 from fxq.timing import measure
@@ -45,6 +45,7 @@ class Frozen(nn.Module):
         self.shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._model = (model,)  # not a submodule: what is frozen has no parameters any more
         self.form, (self._run, self._result) = _fastest(model, leaves, self._spec, form)
+        offer_descriptions(self, model.plan)
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +56,22 @@ class Frozen(nn.Module):
         laid_out = [_with_strides(x, strides) for x, strides in zip(tensors, self._strides, strict=True)]
         with torch.inference_mode(), running():
             found = self._run(*laid_out)
-        return self._result.restore([tensor.clone() for tensor in found])  # as ordinary tensors
+        return self._result.restore(found)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            attributes = self._model[0].plan.attributes if "_model" in self.__dict__ else {}
+            if name not in attributes:
+                raise
+            return attributes[name]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """What stands for parameters that code around the model asks about: it has none any more."""
+        return parameters_and_descriptions(self, prefix, recurse, remove_duplicate)
 
 
 def freeze(qmodel: nn.Module, example_inputs: Any, *, form: str | None = None) -> nn.Module:
@@ -128,6 +144,11 @@ def _with_strides(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
+def _laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """A copy; of what was expanded, as of any, one without overlap."""
+    return x.clone() if x.stride() == strides or 0 in strides else _with_strides(x, strides)
+
+
 class _Result:
     """How the tensors of a recorded graph become the model's result again."""
 
@@ -135,9 +156,11 @@ class _Result:
         self.leaves, self.spec = pytree.tree_flatten(result)
         self.is_tensor = [isinstance(leaf, torch.Tensor) for leaf in self.leaves]
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+        self.strides = [tensor.stride() for tensor in self.tensors]
 
     def restore(self, tensors: Any) -> Any:
-        found = iter(tensors)
+        """The result with other values, in ordinary tensors of their own that lie in memory as the model's do."""
+        found = (_laid_out(x, strides) for x, strides in zip(tensors, self.strides, strict=True))
         pairs = zip(self.leaves, self.is_tensor, strict=True)
         leaves = [next(found) if is_tensor else leaf for leaf, is_tensor in pairs]
         return pytree.tree_unflatten(leaves, self.spec)

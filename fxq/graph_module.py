@@ -87,15 +87,9 @@ class QuantModule(fx.GraphModule):
         self.offer_descriptions()
 
     def offer_descriptions(self) -> None:
-        """Let code around the module ask for what the plan describes, where the tensor itself is not there."""
-        if "fxq" not in self.meta:
-            return
-        offered = {path: value for path, value in self.plan.attributes.items() if "." in path}
-        offered |= {path: Described(path, fact.shape, fact.dtype) for path, fact in self.plan.described.items()}
-        for path, value in offered.items():
-            if not _taken(self, path):
-                parent, _, name = path.rpartition(".")
-                holder_at(self, parent).__dict__[name] = value
+        """Let code around it ask for what the plan describes, where the tensor itself is not there."""
+        if "fxq" in self.meta:
+            offer_descriptions(self, self.plan)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantModule:
         # Packed weights never change, and copying one would pack it again under whatever engine is set.
@@ -115,6 +109,9 @@ class QuantModule(fx.GraphModule):
             return _relowered, (self.meta[REFERENCE], self.meta[BACKEND], self.meta[ENGINES])
         state = {name: vars(self)[name] for name in ("training", "_parameters", "_buffers", "_modules", "meta")}
         return _restored, (type(self).__name__, records_of(self.graph), state)
+
+    def __reduce_package__(self, exporter: Any) -> Any:
+        raise StageError("torch.package would store this model as Python code; write it with fxq.save, or pickle it")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of ``nn.Module``; a lowered module is packed again from what is loaded.
@@ -206,6 +203,16 @@ def parameters_and_descriptions(
                 seen.add(id(value))
         if not recurse:
             return
+
+
+def offer_descriptions(module: nn.Module, plan: QuantPlan) -> None:
+    """Let code around a module that stands for a part of the model ask for what the plan describes."""
+    offered = {path: value for path, value in plan.attributes.items() if "." in path}
+    offered |= {path: Described(path, fact.shape, fact.dtype) for path, fact in plan.described.items()}
+    for path, value in offered.items():
+        if not _taken(module, path):
+            parent, _, name = path.rpartition(".")
+            holder_at(module, parent).__dict__[name] = value
 
 
 def list_descriptions(module: nn.Module) -> None:

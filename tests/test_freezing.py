@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from models_for_tests import Lambda
 from torch import nn
 
 import fxq
 from fxq import direct_kernels, freezing, onednn
-from fxq.errors import ConfigError, MissingDependencyError, StageError
+from fxq.errors import BackendError, ConfigError, MissingDependencyError, StageError
 from fxq.freezing import Frozen
 from fxq.timing import Timing
 
@@ -238,3 +239,57 @@ def test_torchscript_is_the_form_where_there_is_no_other(monkeypatch: pytest.Mon
 
 def missing() -> None:
     raise MissingDependencyError("this needs oneDNN's C API: pip install 'fxq[onednn]'")
+
+
+def shuffled(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = torch.cat([torch.relu(m.a(x)), torch.relu(m.b(x))], 1)
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+@needs_onednn
+def test_results_lie_in_memory_as_the_models_do() -> None:
+    net = Lambda(lambda m, x: (y := shuffled(m, x), y.mean((2, 3))), a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(3, 8, 1))
+    qmodel, x = quantized(net, 2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    frozen = fxq.freeze(qmodel, x, form="onednn")
+    assert "_Shuffle" in " ".join(str(node.target) for node in frozen._run.__self__.model._idle[0].__self__.graph.nodes)
+    for found, expected in zip(frozen(x), qmodel(x), strict=True):
+        assert found.stride() == expected.stride()
+
+
+@needs_onednn
+def test_models_that_read_strides_run_as_they_are() -> None:
+    net = Lambda(
+        lambda m, x: torch.as_strided(m.c(shuffled(m, x)), (2, 8), (64, 1)),
+        a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(3, 8, 1), c=nn.Conv2d(16, 8, 1),
+    )  # fmt: skip
+    qmodel, x = quantized(net, 2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    with pytest.raises(BackendError, match="how tensors lie in memory"):
+        fxq.freeze(qmodel, x, form="onednn")
+    assert torch.equal(fxq.freeze(qmodel, x)(x), qmodel(x))
+
+
+@pytest.mark.parametrize("asks", ["parameters", "weight", "number"])
+def test_code_around_may_ask_a_frozen_region(asks: str) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Lambda(lambda m, x: torch.relu(m.c(x)), c=nn.Conv2d(3, 8, 1))
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.sum() > 1e9:
+                x = x * 2
+            if asks == "parameters":
+                x = x.to(next(self.inner.parameters()).dtype)
+            elif asks == "weight":
+                x = x.to(self.inner.c.weight.dtype)
+            else:
+                x = x * self.inner.c.stride[0]
+            return self.head(self.inner(x).mean((2, 3)))
+
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    qmodel = fxq.quantize(Around().eval(), [x, x.flip(2)], progress=False)
+    frozen = fxq.freeze(qmodel, x)
+    torch.testing.assert_close(frozen(x), qmodel(x), rtol=0.05, atol=0.05)
+    assert torch.equal(frozen(x[:1]), qmodel(x[:1]))
