@@ -8,7 +8,8 @@
 Weights are random but alive: BatchNorm statistics come from a forward pass in which only BatchNorm layers are in
 training mode, and parameters that start as zero or next to zero get ordinary values, so that outputs depend on inputs.
 Each model calibrates on two batches of noise and is judged on two others; numbers are medians over seeds (weights and
-data), of which large models get fewer. torch.ao's FX graph mode runs on the same model and data beside it.
+data), of which large models get fewer. torch.ao's FX graph mode runs on the same model and data beside it; a table is
+put together from all runs that --results holds, and torch.ao's columns may come from an earlier one.
 
 SQNR and cosine compare the output with the float model's; for detection models, whose boxes are a list of another
 length each time, the raw output of the head on the feature maps (of the region proposal network where there is one).
