@@ -5,17 +5,20 @@ They are called like a :class:`~fxq.onednn_primitives.Primitive`, on memory that
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 
 import torch
 
 from fxq.onednn_primitives import integer_view
 
-Moving = Callable[..., torch.Tensor]
 
+class Move(abc.ABC):
+    """A move of bytes between tensors of given shapes.
 
-class Join:
-    """Images ``[N, C_i, H, W]`` one behind the other along the channels; for integers of one scale and zero_point."""
+    Attributes:
+        scratchpad: bytes that a call needs beside its output.
+    """
 
     scratchpad = 0
 
@@ -25,12 +28,25 @@ class Join:
         stream: object,
         fixed: Sequence[torch.Tensor | None] = (),
         scratchpad: torch.Tensor | None = None,
-    ) -> Moving:
+    ) -> Callable[..., torch.Tensor]:
         """What writes to ``out``; the arguments are those of :class:`~fxq.onednn_primitives.PrimitiveCall`."""
+        scratchpad = torch.empty(self.scratchpad, dtype=torch.uint8) if scratchpad is None else scratchpad
+        return self._made(out, fixed, scratchpad)
+
+    @abc.abstractmethod
+    def _made(
+        self, out: torch.Tensor, fixed: Sequence[torch.Tensor | None], scratchpad: torch.Tensor
+    ) -> Callable[..., torch.Tensor]: ...
+
+
+class Join(Move):
+    """Images ``[N, C_i, H, W]`` one behind the other along the channels; for integers of one scale and zero_point."""
+
+    def _made(self, out: torch.Tensor, fixed: Sequence[torch.Tensor | None], scratchpad: torch.Tensor) -> _Join:
         return _Join(out, fixed)
 
 
-class Shuffle:
+class Shuffle(Move):
     """Two images ``[N, C, H, W]`` as one ``[N, 2 C, H, W]`` whose channels come from them by turns.
 
     A pair of bytes is one int16, the first byte the lower one, so it takes three passes over dense memory.
@@ -42,15 +58,7 @@ class Shuffle:
     def __init__(self, shape: Sequence[int]) -> None:
         self.scratchpad = 2 * torch.Size(shape).numel()
 
-    def call(
-        self,
-        out: torch.Tensor,
-        stream: object,
-        fixed: Sequence[torch.Tensor | None] = (),
-        scratchpad: torch.Tensor | None = None,
-    ) -> Moving:
-        """What writes to ``out``; the arguments are those of :class:`~fxq.onednn_primitives.PrimitiveCall`."""
-        scratchpad = torch.empty(self.scratchpad, dtype=torch.uint8) if scratchpad is None else scratchpad
+    def _made(self, out: torch.Tensor, fixed: Sequence[torch.Tensor | None], scratchpad: torch.Tensor) -> _Shuffle:
         return _Shuffle(out, fixed, scratchpad)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,11 @@ from torch.fx import Node
 
 from fxq.aliases import shape_values
 from fxq.backends.kernels import conv_pointwise, multiply, narrow_max_pool2d
-from fxq.byte_moves import Join, Shuffle
+from fxq.byte_moves import Join, Move, Shuffle
 from fxq.graph_module import REFERENCE, QuantModule
 from fxq.interpreter import Interpreter
-from fxq.onednn import Handle, library
-from fxq.onednn_primitives import Convolution, ConvSpec, Gate, GateSpec, Pool, PoolSpec, dense
+from fxq.onednn import library
+from fxq.onednn_primitives import Convolution, ConvSpec, Gate, GateSpec, Pool, PoolSpec, Primitive, dense
 from fxq.passes.find_kernels import int_weight
 from fxq.timing import slower
 
@@ -38,25 +38,8 @@ _ACTIVATIONS: Mapping[Any, tuple[str, float]] = {
 }  # fmt: skip
 _SILU_SLOPE = 1.1
 _Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, padding, dilation, groups
-
-
 _MOVES = (torch.Tensor.reshape, torch.transpose, torch.permute, torch.Tensor.contiguous)
 _SHUFFLE_MOVES = 3  # at least
-
-
-class Direct(Protocol):
-    """What is made once for tensors of certain shapes, and then called on memory chosen beforehand."""
-
-    scratchpad: int
-
-    def call(
-        self,
-        out: torch.Tensor,
-        stream: Handle,
-        fixed: Sequence[torch.Tensor | None] = (),
-        scratchpad: torch.Tensor | None = None,
-    ) -> Callable[..., torch.Tensor]:
-        """As :meth:`fxq.onednn_primitives.Primitive.call`."""
 
 
 class Step(NamedTuple):
@@ -70,7 +53,7 @@ class Step(NamedTuple):
         qparams: scale and zero_point of the output as a quint8 tensor; ``None`` for a plain uint8 one.
     """
 
-    kernel: Direct
+    kernel: Primitive | Move
     sources: tuple[str, ...]
     residual: str | None
     shape: tuple[int, ...]
@@ -124,7 +107,7 @@ class Planner(Interpreter):
         if spec is None:
             return
         alone = Convolution(spec, x.shape, value.shape)
-        run = alone.call(dense(torch.empty(value.shape, dtype=torch.uint8)), self.stream, [x])
+        run = alone.call(_room(value), self.stream, [x])
         if _may_lose(spec) and slower(lambda: run(x), lambda: n.target(*args)):  # type: ignore[operator]
             return
         if not self._with_tail(n, args, value, spec):
@@ -174,7 +157,7 @@ class Planner(Interpreter):
         (x, image), (factor, gate) = sorted(zip(args[:2], n.args[:2], strict=True), key=lambda pair: -pair[0].numel())
         if x.dim() == 4 and factor.shape == (*x.shape[:2], 1, 1) and factor.q_zero_point() == 0:
             kernel = Gate(GateSpec(_qparams(x), _qparams(factor), _qparams(value)), x.shape)
-            run = kernel.call(dense(torch.empty(value.shape, dtype=torch.uint8)), self.stream, [x, factor])
+            run = kernel.call(_room(value), self.stream, [x, factor])
             if not slower(run, lambda: n.target(*args)):  # type: ignore[operator]
                 self._take(n, kernel, (image, gate), (x, factor), _Expected(value))
 
@@ -189,7 +172,7 @@ class Planner(Interpreter):
         if known:
             parts = [_QUANTIZED.cat(parts[:known], *args[1:]), *parts[known:]]
             sources = [self._joins[tuple(sources[:known])], *sources[known:]]
-        run = Join().call(dense(torch.empty(value.shape, dtype=torch.uint8)), self.stream, parts)
+        run = Join().call(_room(value), self.stream, parts)
         if not slower(run, lambda: _QUANTIZED.cat(*args)) and self._take(n, Join(), sources, parts, _Expected(value)):
             self._joins[tuple(_sources(n))] = n
 
@@ -252,14 +235,14 @@ class Planner(Interpreter):
     def _take(
         self,
         n: Node,
-        kernel: Direct,
+        kernel: Primitive | Move,
         sources: Sequence[Any],
         values: Sequence[torch.Tensor],
         expected: _Expected,
         residual: Any = None,
     ) -> bool:
         """Take a kernel for a node, if its integers are those of torch's kernels."""
-        out = dense(torch.empty(expected.value.shape, dtype=torch.uint8))
+        out = _room(expected.value)
         if expected.residual is not None:
             out.copy_(integers(expected.residual))
         found = kernel.call(out, self.stream)(*values)
@@ -334,8 +317,13 @@ def _sources(join: Node) -> Sequence[Any]:
     return join.args[0]  # type: ignore[return-value]
 
 
+def _room(value: torch.Tensor) -> torch.Tensor:
+    """Memory for the integers of a value."""
+    return dense(torch.empty(value.shape, dtype=torch.uint8))
+
+
 def _may_lose(spec: ConvSpec) -> bool:
-    """Whether torch, which has a newer oneDNN and fbgemm, may be faster: at dense kernels of many pixels it is."""
+    """Whether torch, which has fbgemm too, may be faster: at dense kernels of many pixels it is."""
     return spec.groups == 1 and math.prod(spec.weight.shape[2:]) > 1
 
 

@@ -37,7 +37,7 @@ def function_addresses(path: str, prefix: str, exported: str) -> dict[str, int]:
         raise LookupError(f"{path} exports no {exported}")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         try:
-            found = _offsets(content, prefix) | _offsets(content, exported)
+            found = _offsets(content, (prefix, exported))
         except (struct.error, ValueError) as error:
             raise LookupError(f"the symbol table of {path} cannot be read: {error}") from error
     if exported not in found:
@@ -46,8 +46,8 @@ def function_addresses(path: str, prefix: str, exported: str) -> dict[str, int]:
     return {name: base + offset for name, offset in found.items() if name.startswith(prefix)}
 
 
-def _offsets(content: mmap.mmap, prefix: str) -> dict[str, int]:
-    """Where in the library the functions are whose names start so."""
+def _offsets(content: mmap.mmap, prefixes: tuple[str, ...]) -> dict[str, int]:
+    """Where in the library the functions are whose names start with one of these."""
     if content[: len(_ELF64_LITTLE_ENDIAN)] != _ELF64_LITTLE_ENDIAN:
         raise LookupError("not a 64-bit ELF library")
     (start,) = struct.unpack_from("<Q", content, 0x28)
@@ -58,7 +58,8 @@ def _offsets(content: mmap.mmap, prefix: str) -> dict[str, int]:
         raise LookupError("the library was stripped of its symbol table")
     _, _, _, _, first, length, link, *_ = table
     _, _, _, _, text, text_length, *_ = sections[link]
-    names = {at - text: name for at, name in _names(content, prefix, text, text + text_length)}
+    end = text + text_length
+    names = {at - text: name for prefix in prefixes for at, name in _names(content, prefix, text, end)}
     symbols = torch.frombuffer(bytearray(content[first : first + length]), dtype=torch.int32)
     of_symbols = symbols.view(-1, _SYMBOL_SIZE // 4)[:, 0]
     found = {}

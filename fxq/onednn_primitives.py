@@ -40,6 +40,7 @@ class Primitive:
         constants: further arguments; a tensor, or a tensor and its descriptor.
 
     Attributes:
+        images: that a run takes.
         strides: that the inputs have.
         scratchpad: bytes that a call needs beside its output.
     """
@@ -56,6 +57,7 @@ class Primitive:
         self.inputs = {which: _image(lib, shape) for which, shape in inputs.items()}
         self.strides = [dense_strides(shape) for shape in inputs.values()]
         self.output = _image(lib, output)
+        self.images = output[0]
         needed = lib.description(description, _QUERY_SCRATCHPAD)
         self.scratchpad = 0 if needed is None else lib.size(needed)
         self.constants = {which: lib.memory(*constant) for which, constant in constants.items()}
@@ -69,8 +71,14 @@ class Primitive:
         fixed: Sequence[torch.Tensor | None] = (),
         scratchpad: torch.Tensor | None = None,
     ) -> Callable[..., torch.Tensor]:
-        """What runs it on certain memory; the arguments are those of :class:`PrimitiveCall`."""
-        return PrimitiveCall(self, out, stream, fixed, scratchpad)
+        """What runs it on certain memory, image by image if it is made for one and that holds several; the arguments
+        are those of :class:`PrimitiveCall`.
+        """
+        if len(out) == self.images:
+            return PrimitiveCall(self, out, stream, fixed, scratchpad)
+        images = [slice(at, at + 1) for at in range(len(out))]
+        parts = [(out[image], [None if x is None else x[image] for x in fixed]) for image in images]
+        return _EachImage([PrimitiveCall(self, part, stream, given, scratchpad) for part, given in parts], out)
 
     def memories(self, sources: Sequence[torch.Tensor], out: torch.Tensor, scratchpad: torch.Tensor) -> Any:
         """The memory of each argument, by its number."""
@@ -264,26 +272,11 @@ class Gate(Primitive):
         constants = {_SRC_1: (torch.tensor([float(spec.input[1])]), one)}
         super().__init__(description, {_SRC: shape, _FIRST_POST_OP | _SRC_1: factors}, shape, constants)
 
-    def call(
-        self,
-        out: torch.Tensor,
-        stream: Handle,
-        fixed: Sequence[torch.Tensor | None] = (),
-        scratchpad: torch.Tensor | None = None,
-    ) -> Callable[..., torch.Tensor]:
-        """What runs it on certain memory, image by image."""
-        if len(out) == 1:
-            return super().call(out, stream, fixed, scratchpad)
-        images = [slice(at, at + 1) for at in range(len(out))]
-        parts = [(out[image], [None if x is None else x[image] for x in fixed]) for image in images]
-        call = super().call
-        return _EachImage([call(part, stream, given, scratchpad) for part, given in parts], out)
-
 
 class _EachImage:
     """One call for each image of a batch."""
 
-    def __init__(self, calls: Sequence[Callable[..., torch.Tensor]], out: torch.Tensor) -> None:
+    def __init__(self, calls: Sequence[PrimitiveCall], out: torch.Tensor) -> None:
         self.__name__ = calls[0].__name__
         self._calls, self._out = calls, out
 
