@@ -87,9 +87,14 @@ def right_engines(own: str) -> EngineChoice:
     return choose
 
 
+def only_engine(name: str) -> EngineChoice:
+    """One engine for all weights."""
+    return lambda weight, groups: (name,)
+
+
 def weighted_rows(own: str) -> tuple[OpRow, ...]:
     """Conv, conv_transpose and linear for an engine."""
-    engines = None if own == "qnnpack" else right_engines(own)
+    engines = only_engine(own) if own == "qnnpack" else right_engines(own)
 
     def conv(op: ops.Op, dims: int) -> OpRow:
         emit, check = PackedConv(dims, engines=engines), checks.rank(dims + 2)
@@ -121,7 +126,7 @@ def conv_silu_rows() -> tuple[OpRow, ...]:
 
 def transposed_row(op: ops.Op, dims: int, weight: Weights, check: Check, engine: str, name: str = "") -> OpRow:
     """A conv_transpose row whose kernel is ``engine``'s."""
-    emit = PackedConv(dims, True, lambda weight, groups: (engine,))
+    emit = PackedConv(dims, True, only_engine(engine))
     return OpRow(name or op.name, op, emit, tail=(CLAMPED,), weight=weight, check=check, heavy=True)
 
 
@@ -176,7 +181,7 @@ ACTIVATIONS = (
 NORMS = (
     OpRow("batch_norm", ops.BATCH_NORM, BatchNorm(), tail=(CLAMPED,), check=checks.running_statistics),
     OpRow("group_norm", ops.GROUP_NORM, WithOutput("group_norm", ("num_groups", *_NORM, "eps"), _NORM)),
-    OpRow("instance_norm", ops.INSTANCE_NORM, WithOutput("instance_norm", (*_NORM, "eps"), _NORM),
+    OpRow("instance_norm", ops.INSTANCE_NORM, WithOutput("instance_norm", (*_NORM, "eps"), _NORM, unchecked=True),
           check=checks.input_statistics),
 )  # fmt: skip
 
@@ -191,14 +196,14 @@ SELECTING = (
 )  # fmt: skip
 
 
-def _average(op: ops.Op, check: Check = accept) -> OpRow:
-    return OpRow(op.name, op, Keep(op), out=Out.SHARE, averages=True, check=check)
+def _average(op: ops.Op, check: Check = accept, unchecked: bool = False) -> OpRow:
+    return OpRow(op.name, op, Keep(op, unchecked), out=Out.SHARE, averages=True, check=check)
 
 
 AVERAGING = (
     _average(ops.AVG_POOL1D),
-    _average(ops.AVG_POOL2D, checks.no_divisor),
-    _average(ops.AVG_POOL3D, checks.no_divisor),
+    _average(ops.AVG_POOL2D, checks.no_divisor, unchecked=True),
+    _average(ops.AVG_POOL3D, checks.no_divisor, unchecked=True),
     _average(ops.ADAPTIVE_AVG_POOL1D),
     _average(ops.ADAPTIVE_AVG_POOL2D),
     _average(ops.ADAPTIVE_AVG_POOL3D),

@@ -18,6 +18,8 @@ from torch.fx import Node
 from fxq.op_table import Emission, IntWeight
 from fxq.ops import Op
 
+_QNNPACK = "qnnpack"  # whose kernels do not look whether an input has the channels that they read
+
 EngineChoice = Callable[[IntWeight, int], tuple[str, ...]]
 
 
@@ -73,9 +75,19 @@ class PackedConv:
         weight, groups = e.weight(), e.get("groups")
         arguments = quantized_weight(weight), e.tensor("bias"), *geometry, groups
         engines = self.engines(weight, groups) if self.engines else ()
+        if _QNNPACK in engines:
+            e.unchecked(larger=True)
+        elif not (self.transposed or _fits_anywhere(weight, *geometry[1:])):
+            e.unchecked()
         packed = e.pack(_operator(f"{name}_prepack"), *arguments, engines=engines)
         target = _operator(f"{name}_relu" if e.relu else name)
         return e.call(target, e.input("input"), e.constant("packed", packed), e.out.scale, e.out.zero_point)
+
+
+def _fits_anywhere(weight: IntWeight, padding: list[int], dilation: list[int]) -> bool:
+    """Whether the window of a convolution fits into a padded image of one pixel."""
+    spans = (d * (size - 1) + 1 for d, size in zip(dilation, weight.values.shape[2:], strict=True))
+    return all(span <= 1 + 2 * more for span, more in zip(spans, padding, strict=True))
 
 
 @dataclass(frozen=True)
@@ -86,8 +98,10 @@ class PackedConvAdd:
 
     def __call__(self, e: Emission) -> Node:
         geometry = [expand(e.get(name), 2) for name in ("stride", "padding", "dilation")]
-        weight = quantized_weight(e.weight())
-        packed = e.pack(torch.ops.quantized.conv2d_prepack, weight, e.tensor("bias"), *geometry, e.get("groups"))
+        weight = e.weight()
+        e.unchecked(larger=True)  # it takes operands of other sizes than its output's
+        arguments = quantized_weight(weight), e.tensor("bias"), *geometry, e.get("groups")
+        packed = e.pack(torch.ops.quantized.conv2d_prepack, *arguments)
         target = torch.ops.quantized.conv2d_add_relu if e.relu else torch.ops.quantized.conv2d_add
         accumulated = e.tail_input(1)
         e.overwrites(accumulated)
@@ -106,6 +120,8 @@ class PackedLinear:
     def __call__(self, e: Emission) -> Node:
         weight = e.weight()
         engines = self.engines(weight, 1) if self.engines else ()
+        if _QNNPACK in engines:
+            e.unchecked(larger=True)
         packed = e.pack(
             torch.ops.quantized.linear_prepack, quantized_weight(weight), e.tensor("bias"), engines=engines
         )
@@ -127,6 +143,8 @@ class PlainConv:
         x, *qparams = e.plain_input("input")
         weight, bias, groups = e.weight(), e.tensor("bias"), e.get("groups")
         geometry = [expand(e.get(name), weight.values.dim() - 2) for name in ("stride", "padding", "dilation")]
+        if not _fits_anywhere(weight, *geometry[1:]):
+            e.unchecked()
         scales = weight.qparams.scale.float()
         # packed for the shape of the example inputs; with others oneDNN may have to reorder it at each call
         packed = e.pack(
@@ -229,7 +247,8 @@ def _one_element(value: float) -> torch.Tensor:
 class WithOutput:
     """A ``quantized::*`` operator called as ``op(input, *parameters, scale, zero_point)``.
 
-    ``tensors`` names parameters that are constant float tensors; ``inputs`` the activations.
+    ``tensors`` names parameters that are constant float tensors; ``inputs`` the activations. ``unchecked`` operators
+    take sizes that the float op refuses.
     """
 
     name: str
@@ -237,12 +256,15 @@ class WithOutput:
     tensors: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ("input",)
     qparams_after: int | None = None
+    unchecked: bool = False
 
     @property
     def kernel(self) -> str:
         return f"quantized::{self.name}"
 
     def __call__(self, e: Emission) -> Node:
+        if self.unchecked:
+            e.unchecked()
         arguments: list[Any] = []
         for name in self.parameters:
             if name in self.tensors:
@@ -279,15 +301,21 @@ class BatchNorm:
 
 @dataclass(frozen=True)
 class Keep:
-    """The op's own function on the int8 tensor, which keeps or dictates the qparams itself."""
+    """The op's own function on the int8 tensor, which keeps or dictates the qparams itself.
+
+    ``unchecked`` functions take sizes of int8 tensors that they refuse of float ones.
+    """
 
     op: Op
+    unchecked: bool = False
 
     @property
     def kernel(self) -> str:
         return f"aten::{self.op.name}"
 
     def __call__(self, e: Emission) -> Node:
+        if self.unchecked:
+            e.unchecked()
         values = {name: e.input(name) if name in self.op.tensors else e.get(name) for name in self._parameters()}
         args, kwargs = self.op.arguments(values)
         return e.call(self.op.target, *args, **kwargs)

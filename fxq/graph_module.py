@@ -17,6 +17,7 @@ from fxq.lazy_code import TEXTS, Uncompiled
 from fxq.outside_reads import Described
 from fxq.pickling import Record, graph_of, records_of
 from fxq.plan import QuantPlan, Stage
+from fxq.size_checks import KnownSizes, are_unchecked
 from fxq.state import graph_qparams, misfit, set_state, split_state
 
 # Keys of a module's meta beside "fxq", its plan:
@@ -54,6 +55,7 @@ class QuantModule(fx.GraphModule):
                 if "fxq" in self.meta:
                     require_float32(self.graph, self.plan, args, kwargs)
                 return super().__call__(*args, **kwargs)
+            self._require_sizes(args, kwargs)
             with running():
                 return super().__call__(*args, **kwargs)
         except (RuntimeError, TypeError, AttributeError) as error:
@@ -61,6 +63,13 @@ class QuantModule(fx.GraphModule):
             if explanation is None:
                 raise
             raise InputError(explanation) from error
+
+    def _require_sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raise what the reference graph raises of inputs that the kernels of this lowered one might take."""
+        if are_unchecked(self.plan):
+            if "_known_sizes" not in vars(self):
+                self._known_sizes = KnownSizes(self.meta[REFERENCE], self.plan)
+            self._known_sizes.require(args, kwargs)
 
     def recompile(self) -> None:  # type: ignore[override]
         """Forget the code of an earlier graph; that of this one is written when something runs or reads it."""

@@ -127,6 +127,10 @@ class Emission(Protocol):
     def overwrites(self, operand: Node) -> None:
         """Say that the kernel writes its result over ``operand``, which is copied first if anyone still reads it."""
 
+    def unchecked(self, larger: bool = False) -> None:
+        """Say that the kernel computes something of sizes that the float op refuses: of smaller ones than the
+        example's, or also of ``larger`` ones."""
+
     def pack(self, function: Callable[..., Any], *args: Any, engines: tuple[str, ...] = ()) -> Any:
         """Call a prepacking function under the first of the engines that may run the kernel, unless another was found
         to be faster; without any under the backend's own."""

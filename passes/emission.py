@@ -14,6 +14,7 @@ from fxq.graph_module import get_attribute
 from fxq.matcher import Match, other_operand
 from fxq.op_table import IntWeight, Out, OutQuant
 from fxq.passes.find_kernels import int_weight
+from fxq.size_checks import UNCHECKED, UNCHECKED_SMALLER
 
 if TYPE_CHECKING:
     from fxq.passes.lower import Lowering
@@ -83,6 +84,9 @@ class KernelEmission:
 
     def overwrites(self, operand: Node) -> None:
         self.overwritten.append(operand)
+
+    def unchecked(self, larger: bool = False) -> None:
+        self.lowering.plan.properties.add(UNCHECKED if larger else UNCHECKED_SMALLER)
 
     def pack(self, function: Callable[..., Any], *args: Any, engines: tuple[str, ...] = ()) -> Any:
         candidates = engines or (self.lowering.backend.engine,)

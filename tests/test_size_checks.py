@@ -1,0 +1,107 @@
+"""Sizes that the float model refuses, on kernels that would compute something of them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxq
+from fxq.engine import available_engines
+from fxq.errors import InputError
+from fxq.graph_module import REFERENCE
+
+
+class Between(nn.Module):
+    """A function between two convolutions of one pixel."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], dims: int = 2) -> None:
+        super().__init__()
+        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+        self.before, self.after, self.function = conv(4, 8, 1), conv(8, 4, 1), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.function(self.before(x)))
+
+
+class Sum(nn.Module):
+    """Adds a constant to a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 1)
+        self.register_buffer("constant", torch.randn(1, 8, 9, 9, generator=torch.Generator().manual_seed(2)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) + self.constant
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def quantized(model: nn.Module, *shape: int, backend: str = "x86") -> nn.Module:
+    return fxq.quantize(model.eval(), [noise(*shape)], backend=backend, progress=False)
+
+
+REFUSED = {
+    "conv1d": ("x86", lambda: nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU()), (1, 4, 9), (1, 4, 2)),
+    "conv2d": ("x86", lambda: nn.Conv2d(4, 8, 3), (1, 4, 9, 9), (1, 4, 9, 2)),
+    "conv2d padded": ("x86", lambda: nn.Conv2d(4, 8, 5, padding=1), (1, 4, 9, 9), (1, 4, 2, 9)),
+    "conv2d dilated": ("x86", lambda: nn.Conv2d(4, 8, 2, dilation=4), (1, 4, 9, 9), (1, 4, 4, 9)),
+    "conv3d": ("x86", lambda: nn.Conv3d(4, 8, 2), (1, 4, 3, 3, 3), (1, 4, 1, 3, 3)),
+    "silu": ("x86", lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.SiLU()), (1, 4, 9, 9), (1, 4, 2, 9)),
+    "avg_pool2d": ("x86", lambda: Between(lambda x: F.avg_pool2d(x, 4)), (1, 4, 9, 9), (1, 4, 9, 3)),
+    "avg_pool3d": ("x86", lambda: Between(lambda x: F.avg_pool3d(x, 2), 3), (1, 4, 3, 3, 3), (1, 4, 3, 1, 3)),
+    "avg_pool3d padded": (
+        "x86", lambda: Between(lambda x: F.avg_pool3d(x, 3, 1, 1), 3), (1, 4, 3, 3, 3), (1, 4, 3, 2, 3)),
+    "instance_norm": ("x86", lambda: Between(nn.InstanceNorm2d(8)), (1, 4, 9, 9), (1, 4, 1, 1)),
+    "conv2d_add": ("onednn", Sum, (1, 4, 9, 9), (1, 4, 8, 9)),
+    "conv2d_add larger": ("onednn", Sum, (1, 4, 9, 9), (1, 4, 10, 9)),
+    "qnnpack channels": ("qnnpack", lambda: nn.Conv2d(4, 8, 3, padding=1), (1, 4, 9, 9), (1, 3, 9, 9)),
+    "qnnpack more channels": ("qnnpack", lambda: nn.Conv2d(4, 8, 3, padding=1), (1, 4, 9, 9), (1, 5, 9, 9)),
+    "qnnpack features": ("qnnpack", lambda: nn.Linear(4, 8), (1, 5, 4), (1, 5, 5)),
+    "qnnpack transposed": ("x86", lambda: nn.ConvTranspose2d(8, 8, 2, 2), (1, 8, 9, 9), (1, 7, 9, 9)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_float_model_refuses_is_refused(name: str) -> None:
+    backend, make, taken, refused = REFUSED[name]
+    if backend not in available_engines():
+        pytest.skip(f"no {backend}")
+    model = make().eval()
+    qmodel = quantized(model, *taken, backend=backend)
+    with pytest.raises((RuntimeError, ValueError)):
+        model(noise(*refused))
+    for _ in range(2):
+        with pytest.raises((InputError, ValueError)):
+            qmodel(noise(*refused))
+    assert qmodel(noise(*taken)).shape == model(noise(*taken)).shape
+
+
+def test_copies_refuse_too() -> None:
+    qmodel = quantized(nn.Conv2d(4, 8, 3), 1, 4, 9, 9)
+    for clone in (copy.deepcopy(qmodel), pickle.loads(pickle.dumps(qmodel))):
+        with pytest.raises(InputError, match="fails on it"):
+            clone(noise(1, 4, 2, 2))
+
+
+def test_the_reference_runs_for_smaller_sizes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    qmodel = quantized(nn.Conv2d(4, 8, 3), 2, 4, 9, 9)
+    known = qmodel.meta[REFERENCE]
+    runs: list[int] = []
+    known.register_forward_pre_hook(lambda module, args: runs.append(args[0].shape[2]))
+    for size in (9, 12, 5, 6, 5, 4, 9):
+        qmodel(noise(1, 4, size, size))
+    assert runs == [5, 4]
+
+
+def test_models_without_such_kernels_do_not_ask() -> None:
+    qmodel = quantized(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)), 1, 4, 9, 9)
+    assert not any("unchecked" in name for name in qmodel.plan.properties)
