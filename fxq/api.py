@@ -11,7 +11,7 @@ from torch import nn
 
 from fxq.backends import get_backend
 from fxq.bias_correction import correct_bias
-from fxq.calibration import ForwardFn, calibrate, example_inputs_of, iterate
+from fxq.calibration import ForwardFn, calibrate, example_inputs_of, iterate, most_arguments, understood
 from fxq.config import QConfig, QConfigMapping
 from fxq.copying import give_back
 from fxq.engine import require_engine
@@ -65,11 +65,16 @@ def quantize(
     Args:
         model: in eval mode; left as it is.
         calibration_data: representative inputs: any iterable of tensors, tuples, dicts, or a DataLoader's
-            ``(input, target)`` pairs. A hundred images are plenty for most models.
+            ``(input, target)`` pairs. A hundred images are plenty for most models. What a tuple or list has beyond the
+            parameters of forward are labels, and dropped. Where forward needs one input that is itself a list of
+            tensors, as the two pathways of a video model, a batch is ``([slow, fast],)`` or ``[slow, fast]``: a list of
+            float tensors is one input if the model takes it and does not take its first member alone, of which the
+            first batch is tried. A model that takes both is an error, which says what to write.
         backend: ``"x86"``, ``"fbgemm"``, ``"onednn"``, ``"qnnpack"``, or a table of your own.
         qconfig: ``"per_channel"``, ``"per_tensor"``, a :class:`QConfig` or a :class:`QConfigMapping`.
         exclude: what stays float: module paths (with what is inside, ``*`` allowed), module classes or op names.
-        example_inputs: a tensor, tuple or dict of inputs; by default the first calibration batch.
+        example_inputs: a tensor, tuple or dict of inputs; by default the first calibration batch. A list is as a tuple,
+            or one input if it is longer than the parameters of forward.
         num_batches: calibrate with this many batches; all by default.
         calibration: how ranges are chosen and which errors are corrected: ``"simple"``, ``"default"``,
             ``"advanced"`` or ``"max"`` (:data:`fxq.presets.PRESETS`, docs/accuracy.md).
@@ -106,7 +111,9 @@ def quantize(
         inputs: Inputs = example_inputs_of(model, first, forward_fn)
         calibration_data = _Chained(first, batches, calibration_data)
     else:
-        inputs = as_inputs(example_inputs)
+        inputs = as_inputs(example_inputs, model)
+    if forward_fn is None:
+        calibration_data = understood(calibration_data, inputs)
     prepared = _prepare(model, inputs, backend, qconfig, exclude, preset, pow2_scales, borrow=True)
     samples = SAMPLES if preset.refines else TARGET_SAMPLES if budget is not None else 0
     data = KeepSpread(calibration_data, samples, whole=forward_fn is not None)
@@ -177,9 +184,9 @@ def prepare(
 
     Args:
         model: in eval mode; left as it is.
-        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; only their shapes and
-            dtypes matter, except where layers are equalized (``calibration="advanced"`` and ``"max"``): then they
-            must be real inputs, some dozens.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; a list is as a tuple, or one
+            input if it is longer than the parameters of forward. Only their shapes and dtypes matter, except where
+            layers are equalized (``calibration="advanced"`` and ``"max"``): then they must be real inputs, some dozens.
         backend, qconfig, exclude, pow2_scales: as for :func:`quantize`.
         calibration: a preset's observers, what it corrects for the rounding of weights, its smoothing and, where
             weights have one scale a tensor, its equalization. Corrections from data come after conversion:
@@ -194,13 +201,15 @@ def prepare(
         >>> qmodel = fxq.convert(prepared)                                            # doctest: +SKIP
     """
     preset = get_preset(calibration)
-    return _prepare(model, as_inputs(example_inputs), backend, qconfig, exclude, preset, pow2_scales)
+    return _prepare(model, as_inputs(example_inputs, model), backend, qconfig, exclude, preset, pow2_scales)
 
 
-def as_inputs(example_inputs: Any) -> Inputs:
+def as_inputs(example_inputs: Any, model: nn.Module) -> Inputs:
     """``(args, kwargs)`` of example inputs as :func:`prepare` takes them."""
     if isinstance(example_inputs, Mapping):
         return (), example_inputs
+    if type(example_inputs) is list and len(example_inputs) > most_arguments(model):
+        return (example_inputs,), {}
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     return (example_inputs,), {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from fxq.copying import copy_inputs
 from fxq.errors import CalibrationError
 from fxq.fake_quantize import calibrating
 from fxq.graph_module import QuantModule
 from fxq.input_checks import input_facts
-from fxq.partition import regions_of
+from fxq.partition import Inputs, is_one_list, partition_of, regions_of, runs
 from fxq.plan import Stage
 
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -35,7 +37,7 @@ def calibrate(
     Args:
         prepared: from :func:`fxq.prepare`, or :func:`fxq.prepare_qat` to start training from calibrated ranges.
         data: an iterable of tensors, tuples, dicts or a DataLoader's ``(input, target)`` pairs; what the model's
-            forward does not take is dropped.
+            forward does not take is dropped, but a list of tensors is one input if the example inputs were one.
         num_batches: stop after this many batches; all by default.
         forward_fn: ``forward_fn(model, batch)`` calls the model itself, where the batch alone does not tell how.
         progress: show a progress bar; by default only on a terminal.
@@ -59,7 +61,8 @@ def calibrate(
             if forward_fn is not None:
                 forward_fn(prepared, batch)
             else:
-                _run(prepared, *model_inputs(batch, parameters), [p.name for p in parameters], seen)
+                args, kwargs = copy_inputs(model_inputs(batch, parameters))
+                _run(prepared, args, kwargs, [p.name for p in parameters], seen)
             seen += 1
     if seen == 0:
         raise CalibrationError(
@@ -76,7 +79,7 @@ def run_batch(model: nn.Module, batch: Any, parameters: list[inspect.Parameter],
     """What a model, whose forward has these parameters, makes of a batch."""
     if forward_fn is not None:
         return forward_fn(model, batch)
-    args, kwargs = model_inputs(batch, parameters)
+    args, kwargs = copy_inputs(model_inputs(batch, parameters))  # a model may write to a list that it is given
     return model(*args, **kwargs)
 
 
@@ -85,17 +88,41 @@ def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
     tensor was given for.
     """
     facts = input_facts(model.graph, model.plan) if isinstance(model, QuantModule) else {}
-    return [
+    parameters = [
         parameter if facts.get(parameter.name) is None else parameter.replace(default=parameter.empty)
         for parameter in inspect.signature(model.forward).parameters.values()
     ]
+    return _with_list(parameters) if _took_list(model) else parameters
+
+
+def most_arguments(model: nn.Module) -> float:
+    """How many positional arguments a model's forward takes."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return math.inf
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def _took_list(model: nn.Module) -> bool:
+    """Whether a model was prepared with one list of tensors as its example inputs."""
+    if isinstance(model, QuantModule):
+        first = next(iter(model.graph.find_nodes(op="placeholder")), None)
+        return first is not None and first.name in model.plan.containers
+    partition = partition_of(model)
+    return partition is not None and partition.takes_list
+
+
+def _with_list(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    """The parameters of a forward whose first one is a list, which its annotation says."""
+    return [parameters[0].replace(annotation=list), *parameters[1:]]
 
 
 def model_inputs(batch: Any, parameters: list[inspect.Parameter]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """``(args, kwargs)`` that a batch means for a forward with these parameters.
 
-    A tuple longer than the forward's parameters is ``(inputs..., labels...)``: what is too much is dropped. A dict
-    is keyword inputs; keys the forward does not know are dropped, unless it takes any (``**kwargs``).
+    A tuple or list longer than the forward's parameters is ``(inputs..., labels...)``: what is too much is dropped. A
+    dict is keyword inputs; keys the forward does not know are dropped, unless it takes any (``**kwargs``). A list of
+    tensors is a single input of a model that was prepared with one.
 
     Raises:
         CalibrationError: where the batch does not tell which of its members are labels.
@@ -106,6 +133,8 @@ def model_inputs(batch: Any, parameters: list[inspect.Parameter]) -> tuple[tuple
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         return ((), dict(batch) if takes_all else known) if known else ((batch,), {})
     if not isinstance(batch, (tuple, list)):
+        return (batch,), {}
+    if parameters and parameters[0].annotation is list and is_one_list(((batch,), {})):
         return (batch,), {}
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return tuple(batch), {}
@@ -126,14 +155,52 @@ def model_inputs(batch: Any, parameters: list[inspect.Parameter]) -> tuple[tuple
 def example_inputs_of(
     model: nn.Module, batch: Any, forward_fn: ForwardFn | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``(args, kwargs)`` of a batch, to trace a model with.
+    """``(args, kwargs)`` of a batch, to trace a float model with.
+
+    Where forward needs one input, a list of float tensors may be ``[input, label]`` or that input: the model is tried.
 
     Raises:
-        CalibrationError: with ``forward_fn``, which alone knows how a batch becomes inputs.
+        CalibrationError: with ``forward_fn``, which alone knows how a batch becomes inputs; for a list that the model
+            takes as well as its first member.
     """
     if forward_fn is not None:
         raise CalibrationError("forward_fn needs example_inputs: a batch does not tell how the model is called")
-    return model_inputs(batch, forward_parameters(model))
+    parameters = forward_parameters(model)
+    if not (_may_be_one_input(batch, parameters) and runs(model, ((batch,), {}))):
+        return model_inputs(batch, parameters)
+    if not runs(model, ((batch[0],), {})):
+        return (batch,), {}
+    if len(batch) == 1:
+        return (batch[0],), {}
+    raise CalibrationError(
+        f"a batch is a list of {len(batch)} tensors, and the model takes the list as well as its first member; write "
+        f"([...],) for a list that is one input, and a tuple (input, label) otherwise, or pass example_inputs"
+    )
+
+
+def _may_be_one_input(batch: Any, parameters: list[inspect.Parameter]) -> bool:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = sum(p.default is p.empty for p in parameters if p.kind not in kinds)
+    return required == 1 and is_one_list(((batch,), {})) and all(x.is_floating_point() and x.dim() > 1 for x in batch)
+
+
+class ListsAsInputs:
+    """Data in which each list of tensors is one input: a tuple of it, which means the same to every model."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self._data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._data:
+            yield (batch,) if is_one_list(((batch,), {})) else batch
+
+    def __len__(self) -> int:
+        return len(self._data)  # type: ignore[arg-type]
+
+
+def understood(data: Iterable[Any], inputs: Inputs) -> Iterable[Any]:
+    """Data in which lists mean what they mean in the example inputs."""
+    return ListsAsInputs(data) if is_one_list(inputs) else data
 
 
 def iterate(data: Iterable[Any]) -> Iterator[Any]:

@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from fxq.api import as_inputs
 from fxq.backends import get_backend
-from fxq.calibration import ForwardFn, example_inputs_of
+from fxq.calibration import ForwardFn, example_inputs_of, understood
 from fxq.config import QConfigMapping
 from fxq.errors import InputError
 from fxq.graph_module import BACKEND, QuantModule, copy_module, free_path, get_attribute
@@ -109,7 +109,13 @@ def compare_records(
     """
     reference = reference_of(qmodel)
     batches = keep_batches(data, num_batches)
-    given = example_inputs_of(model, batches[0], forward_fn) if example_inputs is None else as_inputs(example_inputs)
+    given: Inputs
+    if example_inputs is None:
+        given = example_inputs_of(model, batches[0], forward_fn)
+    else:
+        given = as_inputs(example_inputs, model)
+    if forward_fn is None:
+        batches = list(understood(batches, given))
     floats = _float_graphs(model, reference, given)
     weights_only, activations_only = _only_one(floats, reference)
     calls = region_inputs(floats, batches, samples=len(batches) * 2**31, forward_fn=forward_fn)

@@ -116,7 +116,7 @@ def freeze(qmodel: nn.Module, example_inputs: Any, *, form: str | None = None) -
     if form is not None and form not in FORMS:
         raise ConfigError(f"unknown form {form!r}; the forms are {', '.join(FORMS)}")
     regions_of(qmodel, Stage.LOWERED)
-    seen = region_inputs(qmodel, as_inputs(example_inputs))
+    seen = region_inputs(qmodel, as_inputs(example_inputs, qmodel))
     return map_regions(qmodel, lambda region: Frozen(region, seen[id(region)], form) if id(region) in seen else region)
 
 

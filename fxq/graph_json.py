@@ -70,7 +70,8 @@ def _functions() -> dict[str, Callable[..., Any]]:
     named: dict[str, Callable[..., Any]] = {f"op:{op.name}": op.target for op in VOCABULARY}
     named |= {"fxq:quantize": QUANTIZE, "fxq:dequantize": DEQUANTIZE, "fxq:dequantize_channel": DEQUANTIZE_CHANNEL}
     named |= {f"fxq:{f.__name__}": f for f in (multihead_attention, window_attention, after)}
-    named |= {"builtins:getattr": getattr, "builtins:max": max, "builtins:min": min, "torch:_assert": torch._assert}
+    named |= {f"builtins:{function.__name__}": function for function in (getattr, len, max, min)}
+    named["torch:_assert"] = torch._assert
     named |= {f"math:{f.__name__}": f for f in (math.ceil, math.floor, math.sqrt)}
     named |= {f"operator:{name}": getattr(operator, name) for name in _OPERATORS}
     for name in dir(torch._C._VariableFunctions):

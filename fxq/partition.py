@@ -65,11 +65,20 @@ class Partition:
         reason: why it cannot be traced as a whole.
         left: why other submodules with weights stay float.
         left_macs: their multiply-accumulates with the example inputs.
+        takes_list: the example inputs were one list of tensors.
     """
 
     reason: str
     left: dict[str, str] = field(default_factory=dict)
     left_macs: int = 0
+    takes_list: bool = False
+
+
+def is_one_list(inputs: Inputs) -> bool:
+    """Whether inputs are a single list of tensors."""
+    args, kwargs = inputs
+    one = args[0] if len(args) == 1 and not kwargs else None
+    return type(one) is list and bool(one) and all(isinstance(item, torch.Tensor) for item in one)
 
 
 def partition_of(model: nn.Module) -> Partition | None:
@@ -258,7 +267,7 @@ def prepare_partition(
     if borrow:  # what the user's code may write to must be the copy's own before it runs
         give_back((part for path, part in clone.named_modules() if not f"{path}.".startswith(inside)), model)
     left_macs = sum(count for path, count in found.macs.items() if not f"{path}.".startswith(inside))
-    set_partition(clone, Partition(reason.statement, left, left_macs))
+    set_partition(clone, Partition(reason.statement, left, left_macs, is_one_list(inputs)))
     return clone
 
 
@@ -294,6 +303,17 @@ def _record(model: nn.Module, inputs: Inputs) -> Recording:
     except Exception as error:
         raise InputError(f"the model fails on the example inputs: {type(error).__name__}: {error}") from error
     return found
+
+
+def runs(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a float model takes some inputs; a copy of it is asked."""
+    args, kwargs = copy_inputs(inputs, own=True)
+    try:
+        with torch.no_grad():
+            copy_structure(model, {}).eval()(*args, **kwargs)
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager

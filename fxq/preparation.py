@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from fxq.config import ResolvedConfig, qualified_name
-from fxq.copying import copy_inputs, copy_structure
 from fxq.errors import InputError, TraceError
 from fxq.graph_module import BACKEND, QuantModule
 from fxq.op_table import Backend
-from fxq.partition import Inputs, Recording, join, leaves_to_search, prepare_leaves, prepare_partition, recording
+from fxq.partition import (
+    Inputs,
+    Recording,
+    join,
+    leaves_to_search,
+    prepare_leaves,
+    prepare_partition,
+    recording,
+    runs,
+)
 from fxq.pass_base import Pass, Pipeline
 from fxq.passes.absorb_bias import AbsorbBias
 from fxq.passes.annotate import Annotate
@@ -131,7 +138,7 @@ def prepare_model(
                 module, its_inputs, path, around, table, config, known, training, preset, borrow
             )
         except InputError as error:
-            if not _runs(module, its_inputs):
+            if not runs(module, its_inputs):
                 raise
             statement = f"what was traced fails where the model does not: {error}"
             message = f"{type(module).__name__} cannot be traced with torch.fx: {statement}"
@@ -147,17 +154,6 @@ def prepare_model(
     if training:
         _restore_modes(prepared, model)
     return prepared
-
-
-def _runs(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether a model itself runs on its example inputs."""
-    args, kwargs = copy_inputs(inputs, own=True)
-    try:
-        with torch.no_grad():
-            copy_structure(model, {}).eval()(*args, **kwargs)
-    except Exception:
-        return False
-    return True
 
 
 def _restore_modes(prepared: nn.Module, model: nn.Module) -> None:
@@ -181,7 +177,8 @@ def _prepare_region(
 ) -> tuple[QuantModule, Recording]:
     """A prepared region, with what its float modules got and did on the example inputs."""
     share = bool(path) and not borrow  # parts are of a copy
-    module, untraceable = trace(model, *inputs, follow_mode=training, share=share, borrow=borrow)
+    # a part may get lists of another length, as that of the images in a batch
+    module, untraceable = trace(model, *inputs, follow_mode=training, share=share, borrow=borrow, unroll=not path)
     plan = QuantPlan(table.name, notes=list(table.notes), model=type(model).__name__, untraceable=untraceable)
     module.meta["fxq"] = plan
     module.meta[BACKEND] = table

@@ -33,7 +33,7 @@ def profile_records(qmodel: nn.Module, example_inputs: Any, *, runs: int = 30) -
         StageError: if the model is not lowered.
     """
     regions = regions_of(qmodel, Stage.LOWERED)
-    seen = region_inputs(qmodel, as_inputs(example_inputs))
+    seen = region_inputs(qmodel, as_inputs(example_inputs, qmodel))
     records = [
         record
         for path, region in regions.items()

@@ -68,7 +68,7 @@ def prepare_qat(
     )
     config = mapping.resolved(following, exclude)
     return prepare_model(
-        model, as_inputs(example_inputs), table, _learning(config) if learn_scales else config, training=True
+        model, as_inputs(example_inputs, model), table, _learning(config) if learn_scales else config, training=True
     )
 
 

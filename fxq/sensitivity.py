@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from fxq.api import Exclusions, convert_to_reference, prepare
-from fxq.calibration import ForwardFn, calibrate, example_inputs_of, shows_progress
+from fxq.api import Exclusions, as_inputs, convert_to_reference, prepare
+from fxq.calibration import ForwardFn, calibrate, example_inputs_of, shows_progress, understood
 from fxq.config import QConfig, QConfigMapping
 from fxq.errors import FxqWarning
 from fxq.layers import each_alone
@@ -96,6 +96,8 @@ def sensitivity_records(
     if example_inputs is None:
         args, kwargs = example_inputs_of(model, batches[0], forward_fn)
         example_inputs = args or kwargs
+    if forward_fn is None:
+        batches = list(understood(batches, as_inputs(example_inputs, model)))
     prepared = prepare(
         model, example_inputs, backend=backend, qconfig=qconfig, exclude=exclude, calibration=calibration
     )

@@ -156,13 +156,16 @@ class Tracer(fx.Tracer):
 
     Args:
         inputs, keywords: example inputs; parameters of the model's forward they do not give keep their defaults.
+        unroll: a list of tensors among them is traced as a list of that length.
     """
 
-    def __init__(self, inputs: tuple[Any, ...] = (), keywords: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, inputs: tuple[Any, ...] = (), keywords: Mapping[str, Any] | None = None, *, unroll: bool = False
+    ) -> None:
         # Sizes are compared with max and min, which torch.fx records no more than it does other builtins by itself.
         super().__init__(autowrap_functions=(max, min))
         self._autowrap_search.append(builtins)
-        self.inputs, self.keywords = inputs, keywords or {}
+        self.inputs, self.keywords, self.unroll = inputs, keywords or {}, unroll
         self.untraceable: dict[str, str] = {}
         self._thread = threading.get_ident()
 
@@ -209,6 +212,8 @@ class Tracer(fx.Tracer):
         if default is not parameter.empty:
             proxy.node.args = (default,)  # callers may leave it out as before
         value = given.get(name, default)
+        if self.unroll and _is_list_of_tensors(value):
+            return self._members(proxy, value)
         if name in given and not isinstance(value, _SWITCHES):
             return proxy
         message = f"{name} was {value!r} when the model was traced, and can have no other value"
@@ -218,6 +223,12 @@ class Tracer(fx.Tracer):
         elif isinstance(value, (*_SWITCHES, int, float, tuple, list)):
             torch._assert(operator.eq(proxy, value), message)
         return value
+
+    def _members(self, proxy: fx.Proxy, value: list[Any]) -> list[fx.Proxy]:
+        length = self.create_proxy("call_function", len, (proxy,), {})
+        message = f"{proxy.node.target} had {len(value)} members when the model was traced, and can have no others"
+        torch._assert(operator.eq(length, len(value)), message)
+        return [operator.getitem(proxy, number) for number in range(len(value))]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) not in LAYERS and super().is_leaf_module(m, module_qualified_name)
@@ -268,6 +279,10 @@ def blocking_statement(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}{where}"
 
 
+def _is_list_of_tensors(value: Any) -> bool:
+    return type(value) is list and bool(value) and all(isinstance(item, torch.Tensor) for item in value)
+
+
 _TORCH_FOLDER = os.path.dirname(inspect.getfile(torch)) + os.sep
 
 
@@ -283,6 +298,7 @@ def trace(
     follow_mode: bool = False,
     share: bool = False,
     borrow: bool = False,
+    unroll: bool = False,
 ) -> tuple[QuantModule, dict[str, str]]:
     """Trace ``model`` in eval mode.
 
@@ -293,6 +309,7 @@ def trace(
             :class:`~fxq.training_mode.ModeFlag`.
         share: let the result have the parameters of ``model``, which is a copy already, instead of its own.
         borrow: let it read weights where they are, until :func:`fxq.copying.give_back`.
+        unroll: where a list of tensors among the inputs keeps anything from being traced, fix its length.
 
     Returns:
         The traced module and, for each float leaf that could not be traced, its path and the reason.
@@ -303,11 +320,10 @@ def trace(
     """
     if not follow_mode:
         require_eval(model)
-    tracer = Tracer(args, kwargs)
     modes = mode_flags(model) if follow_mode else contextlib.nullcontext()
     with _ONE_AT_A_TIME, _left_as_it_is(model), traceable_transformers(), modes:
         try:
-            graph = tracer.trace(model)
+            graph, untraceable = _graph_of(model, args, kwargs, unroll)
         except Exception as error:
             statement = blocking_statement(error)
             raise TraceError(
@@ -322,7 +338,29 @@ def trace(
         module = QuantModule(model, graph, type(model).__name__)
         _independent_copy(module, graph, share, borrow)
     leaves = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    return module, {path: why for path, why in tracer.untraceable.items() if path in leaves}
+    return module, {path: why for path, why in untraceable.items() if path in leaves}
+
+
+def _graph_of(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], unroll: bool
+) -> tuple[fx.Graph, dict[str, str]]:
+    """The graph of a model, and why modules could not be traced, by path."""
+    tracer = Tracer(args, kwargs)
+    graph = failure = None
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:
+        failure = error
+    if unroll and (failure or tracer.untraceable) and any(map(_is_list_of_tensors, (*args, *kwargs.values()))):
+        again = Tracer(args, kwargs, unroll=True)
+        with contextlib.suppress(Exception):
+            unrolled = again.trace(model)
+            if failure or len(again.untraceable) < len(tracer.untraceable):
+                return unrolled, again.untraceable
+    if failure:
+        raise failure
+    assert graph is not None
+    return graph, tracer.untraceable
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def tune(qmodel: nn.Module, example_inputs: Any, *, runs: int = 30) -> nn.Module
         >>> print(fxq.profile(qmodel, torch.rand(1, 3, 224, 224)))                    # doctest: +SKIP
     """
     regions_of(qmodel, Stage.LOWERED)
-    seen = region_inputs(qmodel, as_inputs(example_inputs))
+    seen = region_inputs(qmodel, as_inputs(example_inputs, qmodel))
     return map_regions(qmodel, lambda region: _tuned(region, seen[id(region)], runs) if id(region) in seen else region)
 
 

@@ -219,7 +219,7 @@ def test_preparing_copies_only_what_it_must(kind: str, borrows: list[str]) -> No
     model = MODELS[kind]()
     table = get_backend("x86")
     config = QConfigMapping().set_global("per_channel").resolved(table, ())
-    borrowing, copying = (prepare_model(model, as_inputs(X), table, config, borrow=b) for b in (True, False))
+    borrowing, copying = (prepare_model(model, as_inputs(X, model), table, config, borrow=b) for b in (True, False))
     saved = own_bytes(model, copying) - own_bytes(model, borrowing)
     assert saved == sum(4 * model.get_parameter(path).numel() for path in borrows)
     assert own_bytes(model, copying) == sum(4 * p.numel() for p in {id(p): p for p in copying.parameters()}.values())
