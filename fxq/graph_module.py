@@ -224,12 +224,20 @@ def offer_descriptions(module: nn.Module, plan: QuantPlan) -> None:
             holder_at(module, parent).__dict__[name] = value
 
 
+class _Listing(functools.partial[Iterator[tuple[str, Any]]]):
+    """A method of one module, which pickles; as of any other method, torch.compile asks for its function."""
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        return self.func
+
+
 def list_descriptions(module: nn.Module) -> None:
     """Let code around regions that lists the parameters of modules meet what stands for those of regions, too."""
     for part in module.modules() if _describes(module) else ():
         listing = getattr(type(part).named_parameters, "__code__", None)
         if listing is nn.Module.named_parameters.__code__ and _describes(part):
-            part.__dict__["named_parameters"] = functools.partial(parameters_and_descriptions, part)
+            part.__dict__["named_parameters"] = _Listing(parameters_and_descriptions, part)
 
 
 def _describes(module: nn.Module) -> bool:

@@ -3,13 +3,14 @@
 ``self.head.weight @ x`` in the forward of a model needs the modules that it names: none of them can become a graph
 module, which has other parts, while the code around it stays as it is. ``self.embeddings.projection.weight.dtype`` and
 ``next(self.parameters()).device`` need a description of a weight alone, which a graph module can go on giving.
+``self.blocks[0].weight`` and ``len(self.blocks)`` need the Sequential that they ask, whatever is read of its parts.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -24,6 +25,7 @@ _MAKING = {
     _ATEN.new_empty, _ATEN.new_empty_strided, _ATEN.new_full, _ATEN.new_ones, _ATEN.new_zeros, _ATEN.empty_like,
     _ATEN.full_like, _ATEN.ones_like, _ATEN.rand_like, _ATEN.randn_like, _ATEN.zeros_like,
 }  # fmt: skip
+_OF_CONTAINERS = ("__getitem__", "__iter__", "__len__")
 _TAKING_TYPE = {_ATEN.to, _ATEN.type_as}  # of their second argument; only in inference mode do they get here
 
 
@@ -148,6 +150,10 @@ class _Chains:
             self.reads.parts.update(through)
         return value
 
+    def take_apart(self, module: nn.Module, path: str) -> None:
+        """Note that the parts of a container are counted, indexed or gone through."""
+        self.reads.parts.update((*(self.through if module is self.reached else ()), path))
+
     def reaching(self, module: nn.Module) -> tuple[str, ...]:
         """Through what a module was read whose parameters are listed now."""
         through = self.through if module is self.reached else ()
@@ -222,6 +228,14 @@ def watching_reads(model: nn.Module) -> Iterator[Reads]:
             read = [*before, *(paths[id(part)] for part in around if id(part) not in running)]
             yield name, chains.describe(parameter, f"{read[-1]}.{own}", read)
 
+    def watched(original: Callable[..., Any]) -> Callable[..., Any]:
+        def take_apart(module: nn.Sequential, *args: Any) -> Any:
+            if running and id(module) in paths and id(module) not in running:
+                chains.take_apart(module, paths[id(module)])
+            return original(module, *args)
+
+        return take_apart
+
     def enter(module: nn.Module, _: Any) -> None:
         if module is chains.reached:
             chains.end()
@@ -234,12 +248,16 @@ def watching_reads(model: nn.Module) -> Iterator[Reads]:
     for module in model.modules():
         handles.append(module.register_forward_pre_hook(enter, prepend=True))  # before those that compute weights
         handles.append(module.register_forward_hook(leave, always_call=True))
+    patches: list[tuple[type[nn.Module], str, Callable[..., Any]]] = [
+        (nn.Module, "__getattr__", read),
+        (nn.Module, "__getattribute__", get),
+        (nn.Module, "named_parameters", named_parameters),
+        *((nn.Sequential, name, watched(getattr(nn.Sequential, name))) for name in _OF_CONTAINERS),
+    ]
     try:
-        with (
-            mock.patch.object(nn.Module, "__getattr__", read),
-            mock.patch.object(nn.Module, "__getattribute__", get),
-            mock.patch.object(nn.Module, "named_parameters", named_parameters),
-        ):
+        with ExitStack() as stack:
+            for owner, name, replacement in patches:
+                stack.enter_context(mock.patch.object(owner, name, replacement))
             yield found
     finally:
         chains.end()

@@ -66,11 +66,12 @@ class _Proxy(fx.Proxy):
         return super().__len__() if count is None else count
 
     def __bool__(self) -> bool:
-        demanded = _demanded(sys._getframe(1))
-        if demanded is None:
+        found = _demanded(sys._getframe(1))
+        if found is None:
             return super().__bool__()
+        demanded, message = found
         condition = self if demanded else self.tracer.create_proxy("call_function", operator.not_, (self,), {})
-        self.tracer.create_proxy("call_function", torch._assert, (condition, "a check of the model fails"), {})
+        self.tracer.create_proxy("call_function", torch._assert, (condition, message), {})
         return demanded
 
 
@@ -100,9 +101,9 @@ def _number_of_parts(node: fx.Node) -> int | None:
     return how if name == "chunks" and isinstance(how, int) else None
 
 
-def _demanded(frame: FrameType) -> bool | None:
+def _demanded(frame: FrameType) -> tuple[bool, str] | None:
     """The truth value without which the branch that a frame is at raises, as those of ``assert x`` and
-    ``if not x: raise ValueError`` do; ``None`` at any other instruction.
+    ``if not x: raise ValueError`` do, and the message of what is raised; ``None`` at any other instruction.
     """
     code = list(dis.get_instructions(frame.f_code))
     position = {instruction.offset: number for number, instruction in enumerate(code)}
@@ -111,19 +112,29 @@ def _demanded(frame: FrameType) -> bool | None:
     if not jump.opname.startswith("POP_JUMP") or "NONE" in jump.opname:
         return None
     jumps_if = "IF_TRUE" in jump.opname
-    if _only_raises(code[number + 1 :]):
-        return jumps_if
-    return not jumps_if if _only_raises(code[position[jump.argval] :]) else None
+    for branch, wanted in ((code[number + 1 :], jumps_if), (code[position[jump.argval] :], not jumps_if)):
+        message = _raised_message(branch)
+        if message is not None:
+            return wanted, message
+    return None
 
 
-def _only_raises(code: Sequence[dis.Instruction]) -> bool:
-    """Whether instructions make an exception and raise it, and do nothing else."""
+def _raised_message(code: Sequence[dis.Instruction]) -> str | None:
+    """What is said by instructions that make an exception and raise it, and do nothing else; ``None`` of others.
+
+    Where values are formatted into it, they are left out.
+    """
+    parts: list[str] = []
     for instruction in code:
         if instruction.opname.startswith("RAISE"):
-            return True
+            return "".join(parts) or "a check of the model fails"
         if "JUMP" in instruction.opname or instruction.opname.startswith(("STORE", "RETURN", "FOR_ITER", "POP_TOP")):
-            return False
-    return False
+            return None
+        if instruction.opname.startswith("FORMAT"):
+            parts.append("...")
+        elif instruction.opname == "LOAD_CONST" and isinstance(instruction.argval, str):
+            parts.append(instruction.argval)
+    return None
 
 
 def _record_augmented(name: str) -> None:

@@ -1027,3 +1027,52 @@ def test_what_others_of_its_class_get_a_part_may_get_at_another_size():
     other = torch.randn(2, 3, 12, 12)
     with torch.no_grad():
         assert sqnr(model(other), quantized(other)) > 20
+
+
+class TakesApart(nn.Module):
+    """Asks a Sequential, which it also calls, for its parts."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.inner = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 4))
+        self.ask = ask
+
+    def forward(self, x):
+        y = self.inner(x) + self.ask(self.inner, x)
+        return y if y.sum() < 1e9 else -y
+
+
+ASKS = {
+    "weight": lambda inner, x: inner[0].weight.detach().mean(),
+    "dtype": lambda inner, x: torch.ones(1, dtype=inner[0].weight.dtype),
+    "last": lambda inner, x: inner[-1].weight.shape[0],
+    "number": lambda inner, x: inner[0].kernel_size[0],
+    "loop": lambda inner, x: sum(layer.weight.shape[1] for layer in inner if hasattr(layer, "weight")),
+    "len": lambda inner, x: len(inner),
+    "call": lambda inner, x: inner[0](x),
+    "slice": lambda inner, x: inner[:2](x),
+}
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_code_outside_may_take_a_sequential_apart(ask):
+    torch.manual_seed(0)
+    model = TakesApart(ASKS[ask]).eval()
+    qmodel = fxq.quantize(model, [X], progress=False)
+    assert "inner.2" in regions_of(qmodel) and ("inner.0" in regions_of(qmodel)) == (ask != "weight")
+    assert sqnr(model(X).detach(), qmodel(X)) > 25
+
+
+def test_a_sequential_that_is_only_called_is_one_region():
+    qmodel = fxq.quantize(TakesApart(lambda inner, x: 0).eval(), [X], progress=False)
+    assert list(regions_of(qmodel)) == ["inner"]
+
+
+def test_a_model_in_regions_that_lists_parameters_compiles():
+    class AsksDtype(TakesApart):
+        def forward(self, x):
+            return super().forward(x.to(next(self.parameters()).dtype))
+
+    qmodel = fxq.quantize(AsksDtype(lambda inner, x: 0).eval(), [X], progress=False)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(qmodel, backend="eager")(X), qmodel(X))

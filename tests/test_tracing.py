@@ -332,14 +332,21 @@ def test_several_threads_trace_and_run_models_at_once():
         list(pool.map(work, range(len(models))))
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 8), (2, 4, 8, 8), (2, 3, 0, 8)])
-def test_checks_that_raise_are_traced_and_still_made(shape):
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 3, 8), "not an image: "),
+        ((2, 4, 8, 8), "a check of the model fails"),
+        ((2, 3, 0, 8), "a check of the model fails"),
+    ],
+)
+def test_checks_that_raise_are_traced_and_still_made(shape, message):
     model = Lambda(checked, a=nn.Conv2d(3, 4, 3, padding=1))
     module, untraceable = trace(model, (torch.randn(2, 3, 8, 8),), {})
     assert not untraceable
     x = torch.randn(5, 3, 6, 6)
     assert torch.equal(module(x), model(x))
-    with pytest.raises(AssertionError, match="a check of the model fails"):
+    with pytest.raises(AssertionError, match=message):
         module(torch.randn(shape))
 
 
@@ -520,3 +527,49 @@ def test_an_attribute_that_a_module_which_cannot_be_traced_gets():
     module.graph.lint()
     assert set(untraceable) == {"branching"}
     same(module(X), model(X))
+
+
+class Checks(nn.Module):
+    def __init__(self, check):
+        super().__init__()
+        self.conv, self.check = nn.Conv2d(3, 4, 3), check
+
+    def forward(self, x):
+        self.check(x)
+        return self.conv(x)
+
+
+def _says(x):  # as an assert does, whose code pytest would change
+    if x.shape[2] != 8:
+        raise AssertionError("images must have 8 rows")
+
+
+def _formats(x):
+    if x.shape[2] != 8:
+        raise AssertionError(f"images must have 8 rows, not {x.shape[2]}")
+
+
+def _raises(x):
+    if x.shape[2] != 8:
+        raise ValueError("images must have 8 rows")
+
+
+def _says_nothing(x):
+    if not x.shape[2] == 8:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (_says, "images must have 8 rows"),
+        (_formats, "images must have 8 rows, not ..."),
+        (_raises, "images must have 8 rows"),
+        (_says_nothing, "a check of the model fails"),
+    ],
+)
+def test_a_check_keeps_its_message(check, message):
+    module, _ = trace(Checks(check).eval(), (torch.rand(1, 3, 8, 8),), {})
+    with pytest.raises(AssertionError) as caught:
+        module(torch.rand(1, 3, 9, 9))
+    assert str(caught.value) == message
