@@ -31,6 +31,8 @@ CHANNEL_BINS = 512
 MIN_EXPONENT = -100
 # Elements binned at a time: large enough to hide the call's overhead, small enough for temporaries to stay in cache.
 _CHUNK = 1 << 18
+# Elements that int32 can count in one bin, with room for those that a sample stands for and that do not exist.
+_MOST_IN_INT32 = 1 << 30
 # Elements of a sample beyond which all elements are counted, on either side.
 _TAIL = 16
 _ROWS = 64
@@ -207,7 +209,7 @@ class HistogramStatistics(MinMaxStatistics):
 
     Attributes:
         bins: ``2 * H``; by default 4096 per tensor and 512 per channel.
-        counts: int64 ``[C, bins - 1]``.
+        counts: ``[C, bins - 1]``, int32 as long as that holds them: half the memory of int64.
         width: float32 ``[C]``, powers of two.
     """
 
@@ -216,7 +218,7 @@ class HistogramStatistics(MinMaxStatistics):
     def __init__(self, ch_axis: int | None = None, bins: int | None = None) -> None:
         super().__init__(ch_axis)
         self.bins = bins or (TENSOR_BINS if ch_axis is None else CHANNEL_BINS)
-        self.counts = torch.empty(0, self.bins - 1, dtype=torch.int64)
+        self.counts = torch.empty(0, self.bins - 1, dtype=torch.int32)
         self.width = torch.empty(0)
 
     def unit_edges(self) -> Tensor:
@@ -240,6 +242,14 @@ class HistogramStatistics(MinMaxStatistics):
             setattr(result, name, torch.cat([getattr(part, name) for part in parts]))
         return result
 
+    def update(self, x: Tensor, every: int = 1) -> None:
+        self._make_room(x.numel())
+        super().update(x, every)
+
+    def _make_room(self, more: int) -> None:
+        if self.count + more > _MOST_IN_INT32:
+            self.counts = self.counts.long()
+
     def _add(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         self._cover(low, high)
         _count_into(self.counts, x, self.width.reciprocal())
@@ -249,7 +259,7 @@ class HistogramStatistics(MinMaxStatistics):
         """Make bins as wide as these extremes need."""
         if not self.count:
             self.width = _grid_width(low, high, self.bins)
-            self.counts = torch.zeros(low.numel(), self.bins - 1, dtype=torch.int64)
+            self.counts = torch.zeros(low.numel(), self.bins - 1, dtype=self.counts.dtype)
         elif self._outside(low, high):
             self._widen(_grid_width(low, high, self.bins))
 
@@ -277,6 +287,7 @@ class HistogramStatistics(MinMaxStatistics):
     def _merge(self, other: Self) -> None:
         if self.bins != other.bins:
             raise CalibrationError(f"cannot merge histograms of {self.bins} and {other.bins} bins")
+        self._make_room(other.count)
         self._widen(other.width)
         self.counts += _coarsen(other.counts, other.width, self.width)
         super()._merge(other)

@@ -250,3 +250,25 @@ def test_unit_edges_end_at_zero_on_an_unseen_side():
     assert up.unit_edges()[0, 2047:2049].tolist() == [0, 1]
     assert down.unit_edges()[0, 2047:2049].tolist() == [-1, 0]
     assert both.unit_edges()[0, [0, -1]].tolist() == [-2048, 2048]
+
+
+def test_counts_get_wider_in_time(monkeypatch):
+    """int32 is half the memory; what is counted must not depend on it."""
+    x, y = (torch.randn(1000, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    narrow = HistogramStatistics()
+    for part in (x, y):
+        narrow.update(part)
+    assert narrow.counts.dtype == torch.int32
+    monkeypatch.setattr("fxq.statistics._MOST_IN_INT32", 1500)
+    wide, other = HistogramStatistics(), HistogramStatistics()
+    wide.update(x)
+    assert wide.counts.dtype == torch.int32
+    other.update(y)
+    merged = wide.merge(other)
+    wide.update(y)
+    for found in (wide, merged):
+        assert found.counts.dtype == torch.int64
+        assert torch.equal(found.counts, narrow.counts.long())
+    whole = HistogramStatistics()
+    whole.update(torch.cat([x, y]))
+    assert torch.equal(whole.counts, narrow.counts.long())
