@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import math
@@ -18,8 +19,12 @@ from fxq.errors import CalibrationError
 from fxq.fake_quantize import calibrating
 from fxq.graph_module import QuantModule
 from fxq.input_checks import input_facts
+from fxq.lazy_code import interpreted
 from fxq.partition import Inputs, is_one_list, partition_of, regions_of, runs
 from fxq.plan import Stage
+
+# Batches for which compiling a graph, which takes memory, does not pay.
+_INTERPRETED = 4
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
@@ -49,15 +54,18 @@ def calibrate(
     Example:
         >>> fxq.calibrate(prepared, [torch.rand(8, 3, 224, 224) for _ in range(4)])   # doctest: +SKIP
     """
-    regions_of(prepared, Stage.PREPARED)
+    regions = regions_of(prepared, Stage.PREPARED)
     if num_batches is not None and num_batches < 1:
         raise CalibrationError(f"num_batches={num_batches}: calibration needs at least one batch")
     parameters = forward_parameters(prepared)
     chosen = itertools.islice(iterate(data), num_batches)
     batches = tqdm(chosen, "calibrate", _length(data, num_batches), disable=not shows_progress(progress))
     seen = 0
-    with torch.no_grad(), calibrating(prepared):
+    with torch.no_grad(), calibrating(prepared), contextlib.ExitStack() as uncompiled:
+        uncompiled.enter_context(interpreted(regions.values()))
         for batch in batches:
+            if seen == _INTERPRETED:
+                uncompiled.close()
             if forward_fn is not None:
                 forward_fn(prepared, batch)
             else:
@@ -87,12 +95,25 @@ def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
     """Parameters of a model's forward; for a traced one, those of its placeholders, of which those are required that a
     tensor was given for.
     """
-    facts = input_facts(model.graph, model.plan) if isinstance(model, QuantModule) else {}
-    parameters = [
-        parameter if facts.get(parameter.name) is None else parameter.replace(default=parameter.empty)
-        for parameter in inspect.signature(model.forward).parameters.values()
-    ]
+    if isinstance(model, QuantModule):
+        parameters = _parameters_of_graph(model)
+    else:
+        parameters = list(inspect.signature(model.forward).parameters.values())
     return _with_list(parameters) if _took_list(model) else parameters
+
+
+def _parameters_of_graph(model: QuantModule) -> list[inspect.Parameter]:
+    """Read from the graph, whose code need not be written for it."""
+    facts = input_facts(model.graph, model.plan)
+    defaults = {str(node.target): node.args for node in model.graph.find_nodes(op="placeholder")}
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=inspect.Parameter.empty if fact is not None or not defaults[name] else defaults[name][0],
+        )
+        for name, fact in facts.items()
+    ]
 
 
 def most_arguments(model: nn.Module) -> float:

@@ -2,13 +2,21 @@
 
 torch.fx writes and compiles a function whenever a module gets a graph. That takes long, and for a while some 10 KiB a
 node, more than all else that is known of the node; and the source stays in a table of torch.fx for good. Most graphs
-on the way from a model to a lowered one never run.
+on the way from a model to a lowered one never run, and the prepared one may run for a few batches only, for which it is
+interpreted.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
+
+from torch import fx
+
+from fxq.interpreter import Interpreter
 
 # What torch.fx keeps of the code beside its function.
 TEXTS = ("_code", "_lineno_map", "_prologue_start")
@@ -31,3 +39,28 @@ class Uncompiled:
             raise AttributeError("forward")
         module.write_code()
         return vars(owner)["forward"].__get__(instance, owner)
+
+
+@contextlib.contextmanager
+def interpreted(modules: Iterable[fx.GraphModule]) -> Iterator[None]:
+    """While open, modules without code run node by node, which takes a few microseconds a node longer."""
+    uncompiled = [module for module in modules if isinstance(vars(type(module)).get("forward"), Uncompiled)]
+    for module in uncompiled:
+        module.__dict__["forward"] = functools.partial(_interpret, module)
+    try:
+        yield
+    finally:
+        for module in uncompiled:
+            del module.__dict__["forward"]
+
+
+def _interpret(module: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    nodes = module.graph.find_nodes(op="placeholder")
+    values = {str(node.target): node.args[0] for node in nodes if node.args}
+    values |= dict(zip((str(node.target) for node in nodes), args, strict=False)) | kwargs
+    missing = [str(node.target) for node in nodes if node.target not in values]
+    if missing or len(args) > len(nodes) or len(values) > len(nodes):
+        raise TypeError(f"the model takes {', '.join(str(node.target) for node in nodes)}")
+    interpreter = Interpreter(module)
+    interpreter.extra_traceback = False
+    return interpreter.run(*(values[str(node.target)] for node in nodes), enable_io_processing=False)

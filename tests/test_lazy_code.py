@@ -13,7 +13,9 @@ from torch import nn
 from torch.fx import graph_module
 
 import fxq
+from fxq.errors import InputError
 from fxq.graph_module import REFERENCE, QuantModule
+from fxq.lazy_code import interpreted
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -39,10 +41,40 @@ def test_only_what_runs_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = graph_module._loader.cache
     monkeypatch.setattr(graph_module._loader, "cache", lambda src, *rest: sources.append(src) or cache(src, *rest))
     lowered = quiet(fxq.quantize, net(), [X], progress=False)
-    assert len(sources) == 1 and "observer" in sources[0]  # the prepared model, which is calibrated
-    assert not has_code(lowered) and not has_code(lowered.meta[REFERENCE])
+    assert not sources and not has_code(lowered) and not has_code(lowered.meta[REFERENCE])
     lowered(X), lowered(X)
-    assert len(sources) == 2 and has_code(lowered) and not has_code(lowered.meta[REFERENCE])
+    assert len(sources) == 1 and has_code(lowered) and not has_code(lowered.meta[REFERENCE])
+
+
+def test_calibrating_with_few_batches_compiles_nothing() -> None:
+    few, many, by_hand = (quiet(fxq.prepare, net(), X) for _ in range(3))
+    fxq.calibrate(few, [X, X, X])
+    fxq.calibrate(many, [X] * 6, num_batches=5)
+    for _ in range(3):
+        by_hand(X)
+    assert (has_code(few), has_code(many), has_code(by_hand)) == (False, True, True)
+    assert fxq.observer_table(few) == fxq.observer_table(by_hand)
+    few(X)
+    assert has_code(few)
+
+
+def test_interpreted_calls_are_those_of_the_code() -> None:
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = conv()
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor, *, shift: float = 1.0) -> torch.Tensor:
+            return self.a(x) * scale + shift
+
+    prepared = quiet(fxq.prepare, Called().eval(), (X, torch.ones(1)))
+    with interpreted([prepared]):
+        found = prepared(X, scale=torch.ones(1) * 2)
+        for args, kwargs in (((X,), {}), ((X, X, 1.0, X), {}), ((X, X), {"other": 1})):
+            with pytest.raises(InputError):
+                prepared(*args, **kwargs)
+    assert not has_code(prepared)
+    assert torch.equal(prepared(X, torch.ones(1) * 2), found)
 
 
 @pytest.mark.parametrize(
