@@ -287,8 +287,10 @@ def _become_reference(module: QuantModule) -> QuantModule:
         module.eval().cpu().float()  # it may have trained elsewhere and in another precision
         Pipeline([FinishTraining(training_rows()), FoldBatchNorm(table.dictionary)])(module)
     ops = table.dictionary
-    Pipeline([SettleSmoothing(ops), CorrectBias(ops), ToReference(table, ops), AbsorbClamp(ops), SimplifyQDQ()])(module)
-    if not trained:  # else they are what was trained: the numbers are those of the fake_quant model
+    # what was trained stays as it is: the numbers are those of the fake_quant model
+    to_reference = ToReference(table, ops, align=not trained)
+    Pipeline([SettleSmoothing(ops), CorrectBias(ops), to_reference, AbsorbClamp(ops), SimplifyQDQ()])(module)
+    if not trained:
         Pipeline([RoundBiases()])(module)
     module.release_unused()
     module.plan.stage = Stage.REFERENCE

@@ -20,7 +20,7 @@ from fxq.plan import QuantPlan
 from fxq.qdq import activation_qparams, is_quantize
 from fxq.quant_layers import QuantLayer, quant_layers
 
-_FINE = 0.25  # of the output's step: a bias moves by an eighth of a step at most
+_FINE = 0.5  # of the output's step: a bias moves by a quarter of a step at most
 
 
 class RoundBiases(Pass):

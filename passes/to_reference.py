@@ -17,6 +17,7 @@ from fxq.observers import Observer, settle_ranges
 from fxq.op_table import Backend, sharing_ends
 from fxq.ops import Dictionary
 from fxq.pass_base import Pass
+from fxq.passes.align_scales import align_scales
 from fxq.plan import NEVER_OBSERVED, QuantPlan, Slot
 from fxq.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from fxq.slots import entry_points, replace_argument
@@ -24,19 +25,25 @@ from fxq.spec import QParams
 
 
 class ToReference(Pass):
-    """Observers go, quantize and dequantize nodes come."""
+    """Observers go, quantize and dequantize nodes come.
+
+    Args:
+        align: whether scales may move a little (:mod:`fxq.passes.align_scales`).
+    """
 
     requires = frozenset({"observed"})
     ensures = frozenset({"reference"})
 
-    def __init__(self, backend: Backend, ops: Dictionary) -> None:
-        self.backend, self.ops = backend, ops
+    def __init__(self, backend: Backend, ops: Dictionary, align: bool = True) -> None:
+        self.backend, self.ops, self.align = backend, ops, align
 
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
         if "reference" in plan.properties:
             return 0
         qparams = self._collect(module, plan)
         _remove_observers(module, plan)
+        if self.align:
+            align_scales(module, plan, self.ops, qparams)
         _drop_observer_modules(module, plan)  # what they counted makes room for the integers
         nodes = {node.name: node for node in module.graph.nodes}
         weights = {slot for region in plan.regions for slot in self._weight_slots(region.nodes[0], nodes)}
