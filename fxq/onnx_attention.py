@@ -27,7 +27,8 @@ def write_multihead_attention(w: OnnxWriter) -> list[str]:
         raise w.refusal("its input has no batch; give it one, x[None]")
     q, k, v = (_heads(w, a[name], heads, a["batch_first"]) for name in ("query", "key", "value"))
     mask = _masks(w, a["attn_mask"], a["key_padding_mask"], heads)
-    context, weights = _attend(w, q, k, v, mask, int(shape[2]) // heads)  # type: ignore[arg-type]
+    safe = not a["need_weights"]  # torch's fused function, as below
+    context, weights = _attend(w, q, k, v, mask, int(shape[2]) // heads, safe=safe)  # type: ignore[arg-type]
     order = [0, 2, 1, 3] if a["batch_first"] else [2, 0, 1, 3]
     context = w.reshape(w.add("Transpose", context, perm=order), shape)
     if not a["need_weights"]:
@@ -60,19 +61,36 @@ def write_scaled_dot_product_attention(w: OnnxWriter) -> str:
             raise w.refusal("its sequence is as long as the batch")
         mask = w.graph.tensor(torch.full(shape, -math.inf).triu(1), "causal_mask")  # type: ignore[arg-type]
     q, k, v = (w.name(a[name]) for name in _SDPA[:3])
-    return _attend(w, q, k, v, mask, int(width), a.get("scale"), len(w.shape(a["key"])))[0]  # type: ignore[arg-type]
+    dims, safe = len(w.shape(a["key"])), given is not None
+    return _attend(w, q, k, v, mask, int(width), a.get("scale"), dims, safe)[0]  # type: ignore[arg-type]
 
 
 def _attend(
-    w: OnnxWriter, q: str, k: str, v: str, mask: str | None, width: int, scale: float | None = None, dims: int = 4
+    w: OnnxWriter,
+    q: str,
+    k: str,
+    v: str,
+    mask: str | None,
+    width: int,
+    scale: float | None = None,
+    dims: int = 4,
+    safe: bool = False,
 ) -> tuple[str, str]:
-    """Context and weights of heads in the last but two dimensions."""
+    """Context and weights of heads in the last but two dimensions.
+
+    Args:
+        safe: whether a row from which the mask hides everything gets nothing, as from torch's fused attention; its
+            softmax is NaN.
+    """
     factor = w.graph.constant(1 / math.sqrt(width) if scale is None else scale, torch.float32)
     order = [*range(dims - 2), dims - 1, dims - 2]
     scores = w.add("MatMul", w.add("Mul", q, factor), w.add("Transpose", k, perm=order))
     if mask is not None:
         scores = w.add("Add", scores, mask)
     weights = w.add("Softmax", scores, axis=-1)
+    if safe and mask is not None:
+        nothing = w.add("IsInf", w.add("ReduceMax", scores, w.ints([-1]), keepdims=1), detect_positive=0)
+        weights = w.add("Where", nothing, w.graph.constant(0.0, torch.float32), weights)
     return str(w.add("MatMul", weights, v)), str(weights)
 
 

@@ -12,7 +12,7 @@ from fxq.batch_sizes import Shaped, sizes
 from fxq.errors import FxqError
 from fxq.graph_module import QuantModule
 from fxq.onnx_graph import OnnxGraph
-from fxq.onnx_rows import FUNCTIONS, METHODS, ROWS, Row
+from fxq.onnx_rows import FUNCTIONS, METHODS, MODULES, ROWS, Row
 from fxq.onnx_writer import OPS, OnnxWriter
 from fxq.partition import partition_of, reference_of
 
@@ -61,7 +61,7 @@ def onnx_model(reference: QuantModule, dynamic_batch: bool, qdq: bool) -> Any:
     """The ONNX model of a reference graph, as :func:`to_onnx` writes it."""
     graph = OnnxGraph()
     for node in reference.graph.nodes:
-        if node.op == "call_module":
+        if node.op == "call_module" and type(reference.get_submodule(str(node.target))) not in MODULES:
             where = reference.plan.where(node.name)
             raise FxqError(
                 f"{where} cannot be written as ONNX: its module is not one of the operations fxq knows; {_REMEDY}"
@@ -90,6 +90,8 @@ def _write(w: OnnxWriter) -> None:
 
 def _row(w: OnnxWriter) -> Row:
     node, op = w.node, OPS.op_of(w.node)
+    if node.op == "call_module":
+        return MODULES[type(w.module.get_submodule(str(node.target)))]
     if op in ROWS:
         return ROWS[op]
     row = METHODS.get(node.target) if isinstance(node.target, str) else FUNCTIONS.get(node.target)
@@ -100,18 +102,27 @@ def _row(w: OnnxWriter) -> Row:
 
 def _write_outputs(w: OnnxWriter) -> None:
     """One output a tensor, named by the keys and positions that lead to it."""
-    for keys, node in _tensors((), w.node.args[0]):
+    for keys, written, shaped in _tensors(w, (), w.node.args[0]):
         label = "_".join(map(str, ["output", *keys] if not keys or isinstance(keys[0], int) else keys))
         name = w.graph.free_name(label)
-        w.graph.nodes.append(w.graph.onnx.helper.make_node("Identity", [w.name(node)], [name], name=name))
-        w.graph.outputs.append(w.graph.describe(name, w.shaped(node)))
+        w.graph.nodes.append(w.graph.onnx.helper.make_node("Identity", [written], [name], name=name))
+        w.graph.outputs.append(w.graph.describe(name, shaped))
 
 
-def _tensors(keys: tuple[Any, ...], value: Any) -> list[tuple[tuple[Any, ...], Node]]:
+Output = tuple[tuple[Any, ...], str, Shaped]
+
+
+def _tensors(w: OnnxWriter, keys: tuple[Any, ...], value: Any) -> list[Output]:
+    """The tensors in what the graph returns, with the keys and positions that lead to them."""
     if isinstance(value, Node):
-        return [(keys, value)]
-    if isinstance(value, dict):
-        return [found for key, item in value.items() for found in _tensors((*keys, key), item)]
-    if isinstance(value, (list, tuple)):
-        return [found for i, item in enumerate(value) for found in _tensors((*keys, i), item)]
-    return []
+        return _parts(keys, w.values.get(value), w.sizes[value])
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return [found for key, item in items for found in _tensors(w, (*keys, key), item)]
+
+
+def _parts(keys: tuple[Any, ...], written: Any, known: Any) -> list[Output]:
+    """The same of what one node was written as."""
+    if isinstance(known, Shaped):
+        return [(keys, written, known)]
+    items = known.items() if isinstance(known, dict) else enumerate(known) if isinstance(known, list) else ()
+    return [found for key, item in items for found in _parts((*keys, key), written[key], item)]

@@ -1,4 +1,5 @@
-"""How each operation is written in ONNX: one row an op of the vocabulary, a few for functions beside it.
+"""How each operation is written in ONNX: one row an op of the vocabulary, a few for functions and modules
+beside it.
 
 A row gets an :class:`~fxq.onnx_writer.OnnxWriter` and returns the name of the value that the node computes, or a list
 of names where it is several tensors.
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.fx import Node
 
 from fxq import ops
@@ -20,6 +22,7 @@ from fxq.attention import multihead_attention, window_attention
 from fxq.batch_sizes import Batch
 from fxq.onnx_attention import write_multihead_attention, write_scaled_dot_product_attention
 from fxq.onnx_qdq import bias_values, weight_values, write_dequantize, write_quantize
+from fxq.onnx_recurrent import write_gru, write_lstm
 from fxq.onnx_windows import write_window_attention
 from fxq.onnx_writer import OnnxWriter, pairs
 from fxq.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE, is_dequantize
@@ -430,6 +433,12 @@ def _expand(w: OnnxWriter) -> str:
     return str(w.add("Expand", w.name(w.node.args[0]), w.shape_tensor(w.shape())))
 
 
+def _einsum(w: OnnxWriter) -> str:
+    equation, *operands = w.node.args
+    given = operands[0] if isinstance(operands[0], (list, tuple)) else operands
+    return str(w.add("Einsum", *map(w.name, given), equation=str(equation).replace(" ", "")))
+
+
 FUNCTIONS: dict[Callable[..., Any], Row] = {
     QUANTIZE: write_quantize,
     DEQUANTIZE: write_dequantize,
@@ -437,5 +446,7 @@ FUNCTIONS: dict[Callable[..., Any], Row] = {
     multihead_attention: write_multihead_attention,
     window_attention: write_window_attention,
     F.scaled_dot_product_attention: write_scaled_dot_product_attention,
+    torch.einsum: _einsum,
 }
 METHODS: dict[str, Row] = {"expand": _expand}
+MODULES: dict[type[nn.Module], Row] = {nn.LSTM: write_lstm, nn.GRU: write_gru}

@@ -110,5 +110,5 @@ def _dead(source: Node, qparams: QParams, module: QuantModule) -> torch.Tensor:
     unit = qparams.scale == 1  # the scale of nothing; few others are that
     if not unit.any():
         return unit
-    weight = get_attribute(module, str(source.target)).detach()
+    weight: torch.Tensor = get_attribute(module, str(source.target)).detach()
     return unit & (weight.reshape(len(unit), -1).count_nonzero(1) == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -293,6 +294,102 @@ def test_masks_of_attention(case: str, dtype: torch.dtype, tmp_path: Path) -> No
     torch.testing.assert_close(found, reference(x, mask), rtol=0, atol=1.01 * largest_scale(reference))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("case", ["fused module", "where to look", "weights"])
+def test_a_row_that_hides_everything(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """torch's fused attention gives nothing for it, and NaN if it is asked for the weights."""
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.mha = nn.Linear(4, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            if case == "where to look":
+                return sdpa(self, x, mask)
+            y = self.fc(x)
+            return self.mha(y, y, y, attn_mask=mask, need_weights=case == "weights")[int(case == "weights")]
+
+    torch.manual_seed(3)
+    x, mask = torch.randn(3, 6, 4), hidden(6, 6)
+    mask[2] = case != "where to look"
+    if dtype == torch.float32:
+        hides = mask == (case != "where to look")
+        mask = torch.zeros(6, 6).masked_fill(hides, -math.inf)
+    model = Hidden().eval()
+    expected = model(x, mask).detach()  # with gradients: without, the module may take a fast path that gives NaN
+    reference = reference_of(model, x, mask)
+    fxq.to_onnx(reference, tmp_path / "net.onnx", dynamic_batch=False)
+    (found,) = answers(tmp_path / "net.onnx", x, mask)
+    assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().any() == (case == "weights")
+    bound = 1.01 * largest_scale(reference)
+    torch.testing.assert_close(found, reference(x, mask), rtol=0, atol=bound, equal_nan=True)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer between two linears, that starts from states it is given, or from zeros."""
+
+    def __init__(self, cls: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.fc, self.rnn = nn.Linear(5, 6), cls(6, 4, **options)
+        self.out = nn.Linear(8 if self.rnn.bidirectional else 4, 3)
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor | None = None, c: torch.Tensor | None = None) -> Any:
+        start = h if c is None else (h, c)
+        y, last = self.rnn(self.fc(x), start)
+        return self.out(y), y, last
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {}, "batch first": {"batch_first": True}, "both ways": {"bidirectional": True},
+    "layers": {"num_layers": 2, "bidirectional": True, "batch_first": True}, "no bias": {"bias": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU])
+def test_recurrent_layers(cls: type[nn.RNNBase], options: str, given: bool, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = Recurrent(cls, **OPTIONS[options]).eval()
+    x, depth = torch.randn(3, 7, 5), model.rnn.num_layers * (2 if model.rnn.bidirectional else 1)
+    batch = 3 if model.rnn.batch_first else 7
+    states = [torch.randn(depth, batch, 4) for _ in range(2 if cls is nn.LSTM else 1)] if given else []
+    reference = reference_of(model, x, *states)
+    fxq.to_onnx(reference, tmp_path / "net.onnx", dynamic_batch=not given)
+    onnx.checker.check_model(str(tmp_path / "net.onnx"), full_check=True)
+    out, *floats = answers(tmp_path / "net.onnx", x, *states)
+    expected, *rest = flat(reference(x, *states))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1.01 * largest_scale(reference))
+    torch.testing.assert_close(floats, rest, rtol=1e-5, atol=1e-5)
+    if not given:
+        longer = torch.cat([x, x]) if model.rnn.batch_first else torch.cat([x, x], 0)
+        assert answers(tmp_path / "net.onnx", longer)[0].shape == reference(longer)[0].shape
+
+
+def test_states_of_one_lstm_start_another(tmp_path: Path) -> None:
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        _, state = m.one(m.fc(x))
+        return m.other(m.fc(x), state)[0]
+
+    torch.manual_seed(3)
+    layers = {name: nn.LSTM(4, 4, batch_first=True) for name in ("one", "other")}
+    reference = reference_of(Lambda(forward, fc=nn.Linear(4, 4), **layers).eval(), x := torch.randn(3, 5, 4))
+    fxq.to_onnx(reference, tmp_path / "net.onnx")
+    torch.testing.assert_close(answers(tmp_path / "net.onnx", x)[0], reference(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_einsum(listed: bool, tmp_path: Path) -> None:
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = m.fc(x)
+        return torch.einsum("b i d, b j d -> b i j", [y, y]) if listed else torch.einsum("bid,bjd->bij", y, y)
+
+    reference = reference_of(Lambda(forward, fc=nn.Linear(4, 4)).eval(), x := torch.randn(3, 5, 4))
+    fxq.to_onnx(reference, tmp_path / "net.onnx")
+    torch.testing.assert_close(answers(tmp_path / "net.onnx", x)[0], reference(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("version", "sizes"), [(1, (18, 26)), (2, (16, 24))])
 def test_shifted_windows(version: int, sizes: tuple[int, int], tmp_path: Path) -> None:
     """Windows that are filled up with odd numbers of patches to merge, and windows that fit."""
@@ -396,7 +493,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "function": (lambda m, x: torch.cumsum(m.a(x), 1), r"node 'cumsum' \(cumsum\).*no row"),
     "method": (lambda m, x: m.a(x).sort(1), r"node 'sort' \(sort\).*no row"),
     "module": (lambda m, x: m.b(m.unknown(m.a(x))), r"node 'unknown' \(module 'unknown'\).*not one of the operations"),
-    "lstm": (lambda m, x: m.lstm(m.a(x).flatten(2))[0], r"node 'lstm' \(module 'lstm'\).*fxq\.to_torchscript"),
+    "lstm": (lambda m, x: m.lstm(m.a(x).flatten(2))[0], r"node 'lstm' \(module 'lstm'\).*proj_size"),
+    "cell": (lambda m, x: m.cell(m.a(x)[:, 0, 0]), r"node 'cell' \(module 'cell'\).*fxq\.to_torchscript"),
     "unbatched": (lambda m, x: F.max_pool2d(m.a(x)[0], 2), r"node 'max_pool2d'.*no batch"),
     "batch taken apart": (lambda m, x: m.a(x).chunk(2, 0)[0], r"takes the batch apart|no multiple of the batch"),
     "divisor": (lambda m, x: F.avg_pool2d(m.a(x), 2, divisor_override=3), r"avg_pool2d.*divisor"),
@@ -405,10 +503,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch's, about its own kernel
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str, tmp_path: Path) -> None:
     forward, message = REFUSED[case]
-    model = Lambda(forward, **parts(), unknown=Unknown(), lstm=nn.LSTM(64, 3, batch_first=True))
+    lstm, cell = nn.LSTM(64, 3, batch_first=True, proj_size=2), nn.GRUCell(8, 3)
+    model = Lambda(forward, **parts(), unknown=Unknown(), lstm=lstm, cell=cell)
     with pytest.raises(FxqError, match=message):
         fxq.to_onnx(reference_of(model, X), tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
