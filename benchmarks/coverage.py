@@ -26,7 +26,7 @@ MiB for a detector.
 
 ".fxq", "TorchScript", "torch.export" (the program as it is), "lowered again" and "ONNX" (in onnxruntime) say whether
 what is written and read again gives equal numbers: those of the packed model, for programs and ONNX those of the
-reference graph. "3 (0.2%)" is a largest difference of 3 steps of the (coarsest) output, with 0.2 % of the values
+reference graph. "3 (0.2%)" is a largest difference of 3 steps of its output's scale, with 0.2 % of the values
 more than one step away; random weights amplify roundings. A model in regions is saved whole, and its regions are
 written one by one.
 """

@@ -1,7 +1,7 @@
 """Quantized models in every format: what is written, read back and run, and how far its results are from their source.
 
 ``.fxq``, TorchScript and a program lowered again are compared with the packed model; an exported program, ONNX and an
-AOTInductor package with the reference graph. Distances are in steps of the output's scale.
+AOTInductor package with the reference graph. Distances are in steps of the scale of the output's tensor.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from random_models import tensors_of
 from torch import nn
+from torch.fx import Node
 
 import fxq
 from fxq.graph_module import QuantModule
 from fxq.partition import reference_of
-from fxq.qdq import is_dequantize, is_quantize
+from fxq.qdq import is_quantize
 
 
 class Distance(NamedTuple):
@@ -50,7 +51,8 @@ class Shipped:
         assert isinstance(reference, QuantModule)
         self.reference = reference
         with torch.no_grad():
-            self.expected = tensors_of(self.reference(*args))
+            expected = self.reference(*args)
+            self.expected, self.steps = tensors_of(expected), steps_of(self.reference, expected)
             self.packed = tensors_of(lowered(*args))
 
     def file(self, suffix: str) -> Path:
@@ -59,23 +61,42 @@ class Shipped:
 
     def from_reference(self, output: Any) -> Distance:
         """Distance of an output from the reference graph's."""
-        return distance(tensors_of(output), self.expected, step_of(self.reference))
+        return distance(tensors_of(output), self.expected, self.steps)
 
     def from_packed(self, output: Any) -> Distance:
         """Distance of an output from the packed model's."""
-        return distance(tensors_of(output), self.packed, step_of(self.reference))
+        return distance(tensors_of(output), self.packed, self.steps)
 
 
-def step_of(reference: QuantModule) -> float:
-    """The coarsest step of the outputs, or that of the last integers if outputs are computed from them in float."""
-    nodes = list(reference.graph.nodes)
-    outputs = [float(node.args[1]) for node in nodes[-1].all_input_nodes if is_dequantize(node)]
-    return max(outputs or [float(node.args[1]) for node in nodes if is_quantize(node)][-1:])
+def steps_of(reference: QuantModule, output: Any) -> torch.Tensor:
+    """For each value of an output, the scale of its tensor."""
+    return _steps(next(iter(reversed(reference.graph.nodes))).args[0], output)
 
 
-def distance(found: torch.Tensor, source: torch.Tensor, step: float) -> Distance:
+def _steps(structure: Any, output: Any) -> torch.Tensor:
+    if isinstance(structure, Node):
+        return torch.full_like(tensors_of(output), _step(structure))
+    pairs = zip(*(x.values() if isinstance(x, dict) else x for x in (structure, output)), strict=True)
+    return torch.cat([_steps(*pair) for pair in pairs]) if structure else torch.empty(0)
+
+
+def _step(node: Node) -> float:
+    """The scale of the integers that a tensor is, or the coarsest of those that it is computed from in float."""
+    found, seen, waiting = [], set(), [node]
+    while waiting:
+        if (source := waiting.pop()) in seen:
+            continue
+        seen.add(source)
+        if is_quantize(source):
+            found.append(float(source.args[1]))
+        else:
+            waiting.extend(source.all_input_nodes)
+    return max(found, default=1.0)
+
+
+def distance(found: torch.Tensor, source: torch.Tensor, steps: torch.Tensor) -> Distance:
     """How far results are from their source."""
-    far = (found - source).abs() / step
+    far = (found - source).abs() / steps
     return Distance(float(far.max()), 100 * float(far.gt(1.01).float().mean()))
 
 

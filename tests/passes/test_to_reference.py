@@ -24,23 +24,23 @@ X = torch.randn(2, 3, 8, 8)
 TABLE = get_backend("x86")
 
 
-def step():
-    return ToReference(TABLE, TABLE.dictionary)
+def step(align=True):
+    return ToReference(TABLE, TABLE.dictionary, align)
 
 
-def referenced(forward, calibrated=True, **parts):
+def referenced(forward, calibrated=True, align=True, **parts):
     model = Lambda(forward, **(parts or {"a": conv(), "b": conv(4, 4)}))
     prepared = fxq.prepare(model, X)
     if calibrated:
         prepared(X)
     module = copy.deepcopy(prepared)
     qparams = {g: module.get_submodule(p).qparams() for g, p in module.plan.observers.items()} if calibrated else {}
-    run(step(), module)
+    run(step(align), module)
     return module, qparams
 
 
 def test_weights_are_integers_under_their_path():
-    module, qparams = referenced(lambda m, x: m.b(m.a(x)))
+    module, qparams = referenced(lambda m, x: m.b(m.a(x)), align=False)
     weight = get_attribute(module, "a.weight")
     assert weight.dtype == torch.int8
     expected = qparams[module.plan.groups[Slot("a", (1,))]]
@@ -49,7 +49,7 @@ def test_weights_are_integers_under_their_path():
 
 
 def test_scales_are_the_observers():
-    module, qparams = referenced(lambda m, x: m.b(m.a(x)))
+    module, qparams = referenced(lambda m, x: m.b(m.a(x)), align=False)
     node = next(n for n in module.graph.nodes if n.name == "a_q")
     assert is_quantize(node) and node.args[1:3] == qparams[module.plan.groups[Slot("a")]].item()
     assert quantizes(module) == 3 and dequantizes(module) == 5
