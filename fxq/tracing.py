@@ -46,10 +46,14 @@ class _Proxy(fx.Proxy):
     would trace the first as ``x + y`` and refuse the others.
     """
 
+    tracer: Tracer
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data" and self.tracer.assign_parameter(self.node, value):
+            return
         if name not in ("node", "tracer"):  # torch.fx would keep it here and give back the object without it
             raise TypeError(f"sets the attribute {name!r} of a value that is traced")
         super().__setattr__(name, value)
@@ -140,7 +144,7 @@ def _raised_message(code: Sequence[dis.Instruction]) -> str | None:
 def _record_augmented(name: str) -> None:
     function = getattr(operator, f"i{name}")
 
-    def augmented(self: _Proxy, other: Any) -> fx.Proxy:
+    def augmented(self: _Proxy, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", function, (self, other), {}, name=name)
 
     setattr(_Proxy, f"__i{name}__", augmented)
@@ -178,6 +182,7 @@ class Tracer(fx.Tracer):
         self._autowrap_search.append(builtins)
         self.inputs, self.keywords, self.unroll = inputs, keywords or {}, unroll
         self.untraceable: dict[str, str] = {}
+        self.assigned: dict[str, fx.Proxy] = {}  # what the model computed for parameters, by path
         self._thread = threading.get_ident()
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
@@ -241,7 +246,23 @@ class Tracer(fx.Tracer):
         torch._assert(operator.eq(length, len(value)), message)
         return [operator.getitem(proxy, number) for number in range(len(value))]
 
+    def assign_parameter(self, node: fx.Node, value: Any) -> bool:
+        """Let later reads of a parameter give what its ``data`` is set to, by layers that compute their weights anew in
+        each call; whether that is all there is to it: nothing may have read the parameter before.
+        """
+        path = str(node.target)
+        read = any(n is not node and n.op in ("get_attr", "call_module") and _reads(n, path) for n in self.graph.nodes)
+        if node.op != "get_attr" or node.users or read or not isinstance(value, fx.Proxy):
+            return False
+        self.assigned[path] = value
+        return True
+
+    def _has_assigned(self, module_path: str) -> bool:
+        return any(path.startswith(f"{module_path}.") for path in self.assigned)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if self._has_assigned(module_qualified_name):
+            return False
         return type(m) not in LAYERS and super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
@@ -253,11 +274,14 @@ class Tracer(fx.Tracer):
             if isinstance(value, fx.Proxy):
                 value.node  # noqa: B018  of an attribute such as x.hidden: made when first asked for, and kept
         last = next(reversed(self.graph.nodes), None)
-        around = self.module_stack.copy()
+        around, assigned = self.module_stack.copy(), dict(self.assigned)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:  # whatever a forward may raise on a proxy: the module becomes a leaf
             path = self.path_of_module(m)
+            self.assigned = assigned
+            if self._has_assigned(path):  # as a leaf it would read what was there before
+                raise
             self.untraceable[path] = blocking_statement(error)
             self._erase_after(last)
             self.module_stack = around
@@ -273,7 +297,10 @@ class Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
             return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        found = super().getattr(attr, attr_val, parameter_proxy_cache)
+        if self.assigned and isinstance(found, fx.Proxy) and found.node.op == "get_attr":
+            return self.assigned.get(str(found.node.target), found)
+        return found
 
     def _erase_after(self, last: fx.Node | None) -> None:
         for node in reversed(list(self.graph.nodes)):
@@ -288,6 +315,11 @@ def blocking_statement(error: BaseException) -> str:
     where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
     message = str(error).partition("\n")[0].partition(". ")[0]
     return f"{type(error).__name__}: {message}{where}"
+
+
+def _reads(node: fx.Node, path: str) -> bool:
+    """Whether a node reads the parameter at a path or calls a module that it is in."""
+    return node.target == path if node.op == "get_attr" else path.startswith(f"{node.target}.")
 
 
 def _is_list_of_tensors(value: Any) -> bool:
@@ -332,7 +364,7 @@ def trace(
     if not follow_mode:
         require_eval(model)
     modes = mode_flags(model) if follow_mode else contextlib.nullcontext()
-    with _ONE_AT_A_TIME, _left_as_it_is(model), traceable_transformers(), modes:
+    with _ONE_AT_A_TIME, _left_as_it_is(model) as put_back, traceable_transformers(), modes:
         try:
             graph, untraceable = _graph_of(model, args, kwargs, unroll)
         except Exception as error:
@@ -346,6 +378,7 @@ def trace(
             ) from error
         for node in graph.nodes:  # else generated code enters its functions in a table that torch.fx keeps for good
             node.meta.pop("is_wrapped", None)
+        put_back()  # the graph means the tensors that were there before
         module = QuantModule(model, graph, type(model).__name__)
         _independent_copy(module, graph, share, borrow)
     leaves = {str(node.target) for node in graph.nodes if node.op == "call_module"}
@@ -375,8 +408,8 @@ def _graph_of(
 
 
 @contextlib.contextmanager
-def _left_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Put back whatever tracing does to a model.
+def _left_as_it_is(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Put back whatever tracing does to a model; what is yielded does so, earlier, for attributes that are proxies now.
 
     Tracing runs each forward on the model itself: forwards that store attributes would leave proxies behind, those
     that update a buffer in place would update it, and torch.fx adds the tensor constants it meets as attributes.
@@ -388,8 +421,14 @@ def _left_as_it_is(model: nn.Module) -> Iterator[None]:
         module.__dict__["_buffers"] = {
             name: t if t is None else copy_tensor(t, copies) for name, t in module._buffers.items()
         }
+
+    def put_back() -> None:
+        for module, attributes in before:
+            traced = [name for name in attributes if isinstance(vars(module).get(name), fx.Proxy)]
+            vars(module).update({name: attributes[name] for name in traced})
+
     try:
-        yield
+        yield put_back
     finally:
         for module, attributes in before:
             for name in vars(module).keys() - attributes.keys():

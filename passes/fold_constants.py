@@ -63,8 +63,7 @@ class FoldConstants(Pass):
     def _is_pure(self, node: Node) -> bool:
         if not node.all_input_nodes:
             return False
-        op = self.ops.op_of(node)
-        if op is not None:
+        if self.ops.op_of(node) is not None or node.target is getattr:
             return True
         name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
         if overwrites(node, None) or "out" in node.kwargs or name.startswith(("empty", "new_")):

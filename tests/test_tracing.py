@@ -573,3 +573,64 @@ def test_a_check_keeps_its_message(check, message):
     with pytest.raises(AssertionError) as caught:
         module(torch.rand(1, 3, 9, 9))
     assert str(caught.value) == message
+
+
+class Merged(nn.Module):
+    """Computes the weight of a conv from those of two others in each call."""
+
+    def __init__(self, early=False):
+        super().__init__()
+        self.wide, self.narrow, self.merged = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3)
+        self.early = early
+        self.mean = torch.full((1, 3, 1, 1), 0.3)
+
+    def forward(self, x):
+        self.mean = self.mean.type_as(x)
+        x = x - self.mean
+        before = self.merged(x) if self.early else 0
+        narrow = nn.functional.pad(self.narrow.weight.data.clone().detach(), (1, 1, 1, 1))
+        self.merged.weight.data = self.wide.weight.data + narrow
+        return self.merged(x) + before
+
+
+def test_a_weight_that_is_computed_in_each_call_becomes_a_constant():
+    torch.manual_seed(0)
+    model, x = Merged().eval(), torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    unused = model.merged.weight.detach().clone()
+    qmodel = fxq.quantize(model, [x], progress=False)
+    assert torch.equal(model.merged.weight, unused) and isinstance(model.mean, torch.Tensor)
+    assert isinstance(qmodel, QuantModule) and not qmodel.plan.untraceable
+    assert "convs and linears in int8     1 of 1" in fxq.summary(qmodel)
+    assert sqnr(model(x).detach(), qmodel(x)) > 30
+
+
+def test_a_weight_that_is_read_before_it_is_computed_is_not_traced():
+    """The first read gives what the call before has computed."""
+    with pytest.raises(TraceError, match="sets the attribute 'data'"):
+        trace(Merged(early=True).eval(), (torch.rand(1, 3, 8, 8),), {})
+
+
+class Inside(nn.Module):
+    """A conv whose weight the module around it computes, or it itself, and a branch on values."""
+
+    def __init__(self, itself):
+        super().__init__()
+        self.conv, self.itself = nn.Conv2d(3, 4, 3), itself
+
+    def forward(self, x):
+        if self.itself:
+            self.conv.weight.data = self.conv.bias.data.reshape(4, 1, 1, 1).expand(4, 3, 3, 3).clone()
+        return self.conv(x) if x.sum() > -1e9 else x
+
+
+def test_leaves_do_not_read_weights_from_before():
+    def around(m, x):
+        m.inner.conv.weight.data = m.weight.data + 1
+        return m.inner(x)
+
+    model = Lambda(around, inner=Inside(itself=False))
+    model.weight = nn.Parameter(torch.ones(4, 3, 3, 3))
+    with pytest.raises(TraceError):
+        trace(model.eval(), (X,), {})
+    module, untraceable = trace(Lambda(lambda m, x: m.inner(x) + 1, inner=Inside(itself=True)).eval(), (X,), {})
+    assert set(untraceable) == {"inner"} and [n.op for n in module.graph.nodes][1] == "call_module"
