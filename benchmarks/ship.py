@@ -51,7 +51,8 @@ def ship(name: str) -> dict[str, Any]:
                 found.setdefault(label, []).append(result := attempt(format, shipped))
                 if isinstance(result, Failure):
                     errors[f"{label} {path}".strip()] = f"{type(result.error).__name__}: {result.error}"[:400]
-    return {"formats": {label: _joined(results) for label, results in found.items()}, "format_errors": errors}
+    formats = {label: _joined(results) for label, results in found.items()}
+    return {"model": name, "formats": formats, "format_errors": errors}
 
 
 def _saved(model: nn.Module, qmodel: nn.Module, others: list[Any]) -> Distance | Failure:
