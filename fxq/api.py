@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from fxq.backends import get_backend
-from fxq.bias_correction import correct_bias
-from fxq.calibration import ForwardFn, calibrate, example_inputs_of, iterate, most_arguments, understood
+from fxq.bias_correction import correct_bias, correct_means, float_means
+from fxq.calibration import (
+    ForwardFn,
+    calibrate,
+    example_inputs_of,
+    iterate,
+    most_arguments,
+    shows_progress,
+    understood,
+)
 from fxq.config import QConfig, QConfigMapping
 from fxq.copying import give_back
 from fxq.engine import require_engine
 from fxq.errors import CalibrationError, FxqWarning, StageError
 from fxq.graph_module import BACKEND, QuantModule, copy_module, transformed_copy
 from fxq.learned_rounding import learn_rounding
+from fxq.lockstep import region_inputs
 from fxq.measures import Metric
 from fxq.mixed_precision import TARGET_SAMPLES, Budget, Judge, if_enough, within_budget
 from fxq.op_table import Backend
@@ -35,8 +45,8 @@ from fxq.passes.to_reference import ToReference
 from fxq.plan import NEVER_OBSERVED, Stage
 from fxq.preparation import prepare_model
 from fxq.presets import Preset, get_preset
-from fxq.refinement import SAMPLES
-from fxq.spread import KeepSpread
+from fxq.refinement import settle
+from fxq.spread import KeepSpread, in_pieces, spread_samples
 from fxq.tracing import require_eval
 from fxq.training_table import training_rows
 
@@ -115,21 +125,52 @@ def quantize(
     if forward_fn is None:
         calibration_data = understood(calibration_data, inputs)
     prepared = _prepare(model, inputs, backend, qconfig, exclude, preset, pow2_scales, borrow=True)
-    samples = SAMPLES if preset.refines else TARGET_SAMPLES if budget is not None else 0
-    data = KeepSpread(calibration_data, samples, whole=forward_fn is not None)
+    samples = preset.correct_bias if not preset.frugal or regions_of(prepared).keys() == {""} else 0
+    options: dict[str, Any] = {"samples": samples, "forward_fn": forward_fn, "progress": progress}
+    if budget is not None:
+        data = KeepSpread(calibration_data, max(samples, TARGET_SAMPLES), whole=forward_fn is not None)
+    else:
+        limit = _bytes_of(model) / 4 if preset.frugal else math.inf
+        data = KeepSpread(calibration_data, samples, whole=forward_fn is not None, limit=limit)
     calibrate(prepared, data, num_batches=num_batches, forward_fn=forward_fn, progress=progress)
-    options: dict[str, Any] = {"samples": SAMPLES, "forward_fn": forward_fn, "progress": progress}
     if budget is not None:
         judge = Judge(model, data.kept, budget, forward_fn)
         reference = _within_budget(prepared, judge, preset, options)
-    elif preset.refines:
-        refine = learn_rounding if preset.learn_rounding else correct_bias
-        reference = refine(_to_reference(prepared, stacklevel=4), prepared, data.kept, **options)
+    elif preset.learn_rounding:
+        reference = learn_rounding(_to_reference(prepared, stacklevel=4), prepared, data.kept, **options)
+    elif samples:
+        kept = data.kept if forward_fn is not None else in_pieces(data.kept)
+        del data
+        reference = _corrected(prepared, kept, **options)
     else:
         reference = _to_reference(prepared, stacklevel=4, region_to_reference=_become_reference)
     del prepared  # or its float weights, which went one by one
     give_back(reference.modules(), model)
     return _lowered(reference)
+
+
+def _bytes_of(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
+
+
+def _corrected(
+    prepared: nn.Module, batches: Sequence[Any], samples: int, forward_fn: ForwardFn | None, progress: bool | None
+) -> nn.Module:
+    """The reference graph that a prepared model becomes, with corrected biases; the two never exist side by side."""
+    problem = None
+    try:
+        inputs = region_inputs(prepared, batches, samples=samples, forward_fn=forward_fn)
+        means = {path: float_means(region, inputs[path]) for path, region in regions_of(prepared).items()}
+    except Exception as error:  # of any kind: not every model runs on a part of a batch
+        problem = f"biases are not corrected from data, because the model fails on a part of a batch: {error}"
+    reference = _to_reference(prepared, stacklevel=5, region_to_reference=_become_reference)
+    for path, region in regions_of(reference).items():
+        if problem is not None:
+            region.plan.notes = [*region.plan.notes, problem]
+        else:
+            correct_means(region, means[path], inputs[path], shows_progress(progress))
+            settle(region)
+    return reference
 
 
 def _within_budget(prepared: nn.Module, judge: Judge, preset: Preset, options: Mapping[str, Any]) -> nn.Module:
@@ -140,9 +181,10 @@ def _within_budget(prepared: nn.Module, judge: Judge, preset: Preset, options: M
 
     def corrected(candidate: nn.Module, **changes: Any) -> nn.Module:
         reference = _to_reference(candidate, stacklevel=6)
-        if not preset.correct_bias:
+        if not options["samples"]:
             return reference
-        return correct_bias(reference, candidate, judge.batches, **{**options, **changes})
+        batches = spread_samples(judge.batches, options["samples"], whole=options["forward_fn"] is not None)
+        return correct_bias(reference, candidate, batches, **{**options, **changes})
 
     def candidate_of(candidate: nn.Module) -> nn.Module:
         return _lowered(corrected(candidate, progress=False))

@@ -15,14 +15,18 @@ from torch import nn
 from torch.fx import Node
 from tqdm import tqdm
 
+from fxq.bias_statistics import correct_from_statistics
 from fxq.calibration import ForwardFn, shows_progress
-from fxq.graph_module import QuantModule
-from fxq.lockstep import Step, lockstep
-from fxq.ops import CLAMP, CONV_TRANSPOSES, LINEAR, RELU
+from fxq.graph_module import BACKEND, QuantModule, get_attribute
+from fxq.lockstep import Step
+from fxq.ops import LINEAR, Op
 from fxq.partition import Inputs
-from fxq.passes.layer_weights import constant_response
+from fxq.plan import Slot
 from fxq.quant_layers import QuantLayer, quant_layers
 from fxq.refinement import SAMPLES, refine
+from fxq.walk import Walk
+
+Means = dict[str, list[torch.Tensor]]
 
 
 def correct_bias(
@@ -64,36 +68,75 @@ def correct_bias(
         >>> reference = fxq.correct_bias(reference, prepared, batches)                # doctest: +SKIP
         >>> qmodel = fxq.lower(reference, "x86")                                      # doctest: +SKIP
     """
+    if data is None:
+        return refine(reference, prepared, correct_from_statistics)
     show = shows_progress(progress)
 
     def empirical(region: QuantModule, floats: QuantModule, inputs: Sequence[Inputs]) -> None:
-        _correct_from_data(region, floats, inputs, show)
+        correct_means(region, float_means(floats, inputs), inputs, show)
 
-    if data is None:
-        return refine(reference, prepared, _correct_from_statistics)
     return refine(reference, prepared, empirical, data, samples=samples, forward_fn=forward_fn)
 
 
-def _correct_from_data(
-    reference: QuantModule, prepared: QuantModule, inputs: Sequence[Inputs], progress: bool
-) -> None:
-    layers = {layer.node: layer for layer in quant_layers(reference)}
+def float_means(prepared: QuantModule, inputs: Sequence[Inputs]) -> Means:
+    """Means of what the layers of a prepared graph give in float, each input by itself.
+
+    Args:
+        prepared: its observers do not see the inputs.
+        inputs: of each call.
+
+    Returns:
+        By the name of the layer, for each call; float64 ``[N, channels]``.
+    """
+    layers = _weight_dims(prepared)
+    means: Means = {node.name: [] for node in layers}
+    with torch.no_grad():
+        for given in inputs:
+            walk = Walk(prepared, [given])
+            for node in prepared.graph.nodes:
+                walk.run(node)
+                if node in layers:
+                    means[node.name].append(_sample_means(walk.values(node)[0], layers[node]))
+                walk.release(node)
+    return means
+
+
+def correct_means(reference: QuantModule, means: Means, inputs: Sequence[Inputs], progress: bool) -> None:
+    """Change a reference graph's biases until its layers have these means, each with those before it corrected.
+
+    Args:
+        reference: is changed.
+        means: from :func:`float_means`, for the same inputs.
+    """
+    layers = {layer.node: layer for layer in quant_layers(reference) if layer.node.name in means}
     for layer in layers.values():
         layer.set_bias(layer.bias(reference).clone(), reference)
-    with tqdm(desc="correct biases", total=len(layers), disable=not progress) as bar:
-        for step in lockstep(reference, prepared, inputs):
-            if step.node in layers:
-                correct_layer(layers[step.node], step, reference)
+    walk = Walk(reference, inputs, frugal=True)
+    with torch.no_grad(), tqdm(desc="correct biases", total=len(layers), disable=not progress) as bar:
+        for node in reference.graph.nodes:
+            walk.run(node)
+            if node in layers:
+                _correct_to(means[node.name], layers[node], walk, reference)
                 bar.update()
+            walk.release(node)
     note = f"biases corrected: {len(layers)} layers, from {len(inputs)} batches"
     reference.plan.notes = [*reference.plan.notes, note]
 
 
+def _correct_to(means: Sequence[torch.Tensor], layer: QuantLayer, walk: Walk, reference: QuantModule) -> None:
+    """Add what a layer that just ran lacks of its means to its bias, and run it again."""
+    dims = _dims(layer.op, len(layer.shape))
+    errors = [mean - _sample_means(walk.value(layer.node, batch), dims) for batch, mean in enumerate(means)]
+    if errors:
+        layer.set_bias(layer.bias(reference) + shrunken_mean(torch.cat(errors)).float(), reference)
+        walk.run(layer.node)
+
+
 def correct_layer(layer: QuantLayer, step: Step, reference: QuantModule) -> None:
     """Add the mean error of a layer that just ran to its own bias, and run it again."""
+    dims = _dims(layer.op, len(layer.shape))
     errors = [
-        _sample_means(expected - actual, layer)
-        for expected, actual in zip(step.expected, step.actual, strict=True)
+        _sample_means(expected - actual, dims) for expected, actual in zip(step.expected, step.actual, strict=True)
     ]
     if not errors:
         return
@@ -101,14 +144,32 @@ def correct_layer(layer: QuantLayer, step: Step, reference: QuantModule) -> None
     step.rerun()
 
 
-def _sample_means(error: torch.Tensor, layer: QuantLayer) -> torch.Tensor:
-    """Means over places, float64 ``[N, channels]``."""
-    if layer.op is not LINEAR:
-        batched = error if error.dim() == len(layer.shape) else error[None]
-        return batched.double().flatten(2).mean(2)
-    if error.dim() == 1:
-        return error.double()[None]
-    return error.double().flatten(1, -2).mean(1) if error.dim() > 2 else error.double()
+def _weight_dims(prepared: QuantModule) -> dict[Node, int]:
+    """Layers whose weights will be integers, and how many dimensions their outputs have after the channels'."""
+    ops, found = prepared.meta[BACKEND].dictionary, {}
+    for node in prepared.graph.nodes:
+        op = ops.op_of(node)
+        if op is None or op.weight is None or Slot(node.name, (op.index(op.weight),)) not in prepared.plan.groups:
+            continue
+        observer = op.get(node, op.weight)
+        if observer.args[0].op == "get_attr":
+            found[node] = _dims(op, get_attribute(prepared, str(observer.args[0].target)).dim())
+    return found
+
+
+def _dims(op: Op, weight: int) -> int:
+    """How many dimensions a layer's output has after the channels', by how many its weight has."""
+    return 0 if op is LINEAR else weight - 2
+
+
+def _sample_means(output: torch.Tensor, dims: int) -> torch.Tensor:
+    """Means of a layer's output over places, float64 ``[N, channels]``."""
+    if dims:
+        batched = output if output.dim() == dims + 2 else output[None]
+        return batched.flatten(2).mean(2).double()
+    if output.dim() == 1:
+        return output.double()[None]
+    return (output.flatten(1, -2).mean(1) if output.dim() > 2 else output).double()
 
 
 def shrunken_mean(errors: torch.Tensor) -> torch.Tensor:
@@ -119,70 +180,3 @@ def shrunken_mean(errors: torch.Tensor) -> torch.Tensor:
     mean = errors.mean(0)
     scatter = errors.var(0).sum() / count
     return mean * (1 - scatter / mean.square().sum().clamp(min=torch.finfo(mean.dtype).tiny)).clamp(min=0)
-
-
-def _correct_from_statistics(reference: QuantModule, prepared: QuantModule, inputs: Sequence[Inputs]) -> None:
-    twins = {node.name: node for node in prepared.graph.nodes}
-    corrected = 0
-    for layer in quant_layers(reference):
-        if layer.node.name in prepared.plan.input_means:
-            continue  # corrected when it was converted
-        mean = _input_mean(twins[layer.node.name], prepared, layer)
-        if mean is None:
-            continue
-        rounding = layer.float_weight(prepared).double() - layer.dequantized(reference).double()
-        shift = constant_response(rounding, mean, layer.op, layer.node)
-        layer.set_bias(layer.bias(reference) + shift.float(), reference)
-        corrected += 1
-    note = f"biases corrected: {corrected} layers, from BatchNorm statistics"
-    reference.plan.notes = [*reference.plan.notes, note]
-
-
-def _input_mean(twin: Node, prepared: QuantModule, layer: QuantLayer) -> torch.Tensor | None:
-    """Mean of each input channel of a layer by the BatchNorm before it, float64 ``[in]``; ``None`` if unknown."""
-    if layer.op in CONV_TRANSPOSES:
-        return None  # with a stride, places differ in how many weights reach them
-    plan = prepared.plan
-    observers = set(plan.observer_nodes(prepared.graph))
-    low, high = float("-inf"), float("inf")
-    node = twin.args[0]
-    while isinstance(node, Node) and node.name not in plan.statistics:
-        bounds = _bounds(node) if node.name not in observers else (None, None)
-        if bounds is None:
-            return None
-        # this op comes before those seen so far: its bounds are clamped by theirs
-        low, high = (max(low, min(high, default if bound is None else bound))
-                     for bound, default in zip(bounds, (low, high), strict=True))  # fmt: skip
-        node = node.args[0]
-    if not isinstance(node, Node):
-        return None
-    mean, std = (torch.tensor(values, dtype=torch.float64) for values in plan.statistics[node.name])
-    return clipped_normal_mean(mean, std, low, high)
-
-
-def _bounds(node: Node) -> tuple[float | None, float | None] | None:
-    """The bounds of a relu or of a clamp between numbers; ``None`` for any other node."""
-    if node.target is RELU.target:
-        return 0.0, None
-    if node.target is CLAMP.target and not any(isinstance(bound, Node) for bound in node.args[1:]):
-        return node.args[1], node.args[2]  # type: ignore[return-value]
-    return None
-
-
-def clipped_normal_mean(mean: torch.Tensor, std: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """Mean of ``clamp(x, low, high)`` for normal ``x``; appendix C of arXiv:1906.04721.
-
-    Example:
-        >>> clipped_normal_mean(torch.zeros(1), torch.ones(1), 0.0, float("inf"))  # of a relu: 1 / sqrt(2 pi)
-        tensor([0.3989])
-    """
-    normal = torch.distributions.Normal(0.0, 1.0)
-    width = std.clamp(min=1e-30)
-    total = mean.clone()
-    if low != float("-inf"):
-        a = (low - mean) / width
-        total = total + (low - mean) * normal.cdf(a) + width * normal.log_prob(a).exp()
-    if high != float("inf"):
-        b = (high - mean) / width
-        total = total + (high - mean) * normal.cdf(-b) - width * normal.log_prob(b).exp()
-    return total

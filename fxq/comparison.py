@@ -27,7 +27,7 @@ from fxq.config import QConfigMapping
 from fxq.errors import InputError
 from fxq.graph_module import BACKEND, QuantModule, copy_module, free_path, get_attribute
 from fxq.interpreter import Interpreter
-from fxq.lockstep import Walk, region_inputs
+from fxq.lockstep import region_inputs
 from fxq.measures import Noise, keep_batches, model_outputs, output_noise
 from fxq.partition import Inputs, map_regions, reference_of, regions_of
 from fxq.passes.layer_weights import constant_response, scale_inputs, scale_outputs
@@ -36,6 +36,7 @@ from fxq.preparation import prepare_model
 from fxq.qdq import DEQUANTIZE, QUANTIZE, is_dequantize, is_quantize
 from fxq.records import graph_records
 from fxq.report import table
+from fxq.walk import Walk
 
 
 def compare(

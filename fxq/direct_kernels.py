@@ -24,9 +24,9 @@ from fxq.errors import BackendError
 from fxq.graph_module import QuantModule
 from fxq.int_views import as_quantized, as_uint8
 from fxq.interpreter import plain
-from fxq.lockstep import bound_arguments
 from fxq.onednn import library
 from fxq.onednn_primitives import Convolution, dense_strides
+from fxq.walk import bound_arguments
 
 # Kernels whose result is memory of its own. What any other function returns may be a view of what it got.
 _FRESH = {

@@ -3,95 +3,25 @@
 A graph is usually run batch by batch, from the first node to the last. Here each node runs on all batches before the
 next node does, in both graphs. So whoever looks on can compare a layer's output with what it should be, change the
 layer's constants (its bias, the rounding of its weight), run it again, and go on: every later layer sees the change.
-
-Values are dropped when their last reader has run. Dequantized activations are not stored at all: they are made from
-their integers at each reading, which costs little time and saves three quarters of the memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.fx import Node
 
-from fxq.calibration import ForwardFn, forward_parameters, iterate, run_batch
-from fxq.copying import copy_inputs
+from fxq.calibration import ForwardFn, forward_parameters, iterate, model_inputs, run_batch
 from fxq.errors import CalibrationError
 from fxq.graph_module import QuantModule
-from fxq.interpreter import plain
 from fxq.partition import Inputs, regions_of
 from fxq.plan import Stage
-from fxq.qdq import is_dequantize
-
-
-class Walk:
-    """One graph run node by node, each node on all batches.
-
-    Args:
-        module: prepared or reference; its observers are passed by.
-        inputs: ``(args, kwargs)`` of each call; shapes may differ.
-
-    Example:
-        >>> walk = Walk(reference, [((images,), {})])                                 # doctest: +SKIP
-        >>> for node in reference.graph.nodes:                                        # doctest: +SKIP
-        ...     walk.run(node); print(node, walk.values(node)); walk.release(node)
-    """
-
-    def __init__(self, module: QuantModule, inputs: Sequence[Inputs]) -> None:
-        self.module = module
-        self.size = len(inputs)
-        self._interpreter = fx.Interpreter(module)
-        self._observers = set(module.plan.observer_nodes(module.graph))
-        self._inputs = [bound_arguments(module, *copy_inputs(given)) for given in inputs]
-        self._values: dict[Node, list[Any]] = {}
-        self._last = _last_reads(module.graph)
-
-    def run(self, node: Node) -> None:
-        """Run a node whose inputs have run; once more, if a constant it reads has changed."""
-        if node.op == "placeholder":
-            name = str(node.target).lstrip("*")
-            self._values[node] = [bound.get(name) for bound in self._inputs]
-        elif not _made_at_reading(node):
-            constants = {source: self._made(source, 0) for source in node.all_input_nodes if _is_constant(source)}
-            self._values[node] = [self._call(node, batch, constants) for batch in range(self.size)]
-
-    def values(self, node: Node) -> list[Any]:
-        """A node's value for each batch; it has run, and has not been released."""
-        return [self._value(node, batch) for batch in range(self.size)]
-
-    def arguments(self, node: Node, batch: int) -> tuple[Any, ...]:
-        """What a node is called with in one batch: ``node.args`` with values for nodes."""
-        return fx.map_arg(node.args, lambda source: self._value(source, batch))
-
-    def release(self, node: Node) -> None:
-        """Drop the values that no node after this one reads."""
-        for source in self._last.get(node, ()):
-            self._values.pop(source, None)
-
-    def _call(self, node: Node, batch: int, constants: dict[Node, Any]) -> Any:
-        if node.name in self._observers:
-            return self._value(node.args[0], batch)  # type: ignore[arg-type]
-
-        def value(source: Node) -> Any:
-            return constants[source] if source in constants else self._value(source, batch)
-
-        args, kwargs = plain(fx.map_arg((node.args, node.kwargs), value))
-        return getattr(self._interpreter, node.op)(node.target, args, kwargs)
-
-    def _value(self, node: Node, batch: int) -> Any:
-        return self._made(node, batch) if _made_at_reading(node) else self._values[node][batch]
-
-    def _made(self, node: Node, batch: int) -> Any:
-        if node.op == "get_attr":
-            return self._interpreter.get_attr(node.target, (), {})
-        args = fx.map_arg(node.args, lambda source: self._value(source, batch))
-        return node.target(*args)  # type: ignore[operator]
+from fxq.walk import Walk
 
 
 class Step:
@@ -189,15 +119,17 @@ def region_inputs(
         StageError: if the model was not prepared.
     """
     regions = regions_of(prepared, Stage.PREPARED)
+    parameters = forward_parameters(prepared)
+    batches = _first_batches(data, samples)
+    if regions.keys() == {""} and forward_fn is None:
+        return {"": [copy.deepcopy(model_inputs(batch, parameters)) for batch in batches]}
     calls: dict[str, list[Inputs]] = {path: [] for path in regions}
     with contextlib.ExitStack() as stack, torch.no_grad():
         for path, region in regions.items():
             stack.enter_context(observers_off(region))
             stack.callback(_record_calls(region, calls[path]).remove)
-        if _run_batches(prepared, data, samples, forward_fn) == 0:
-            raise CalibrationError(
-                "the calibration data is empty: give at least one batch (a generator can be read only once)"
-            )
+        for batch in batches:
+            run_batch(prepared, batch, parameters, forward_fn)
     return calls
 
 
@@ -208,15 +140,18 @@ def _record_calls(region: QuantModule, calls: list[Inputs]) -> torch.utils.hooks
     return region.register_forward_pre_hook(record, with_kwargs=True)
 
 
-def _run_batches(model: nn.Module, data: Iterable[Any], samples: int, forward_fn: ForwardFn | None) -> int:
-    parameters = forward_parameters(model)
+def _first_batches(data: Iterable[Any], samples: int) -> Iterator[Any]:
+    """Batches until there are so many samples."""
     seen = 0
     for batch in iterate(data):
-        run_batch(model, batch, parameters, forward_fn)
+        yield batch
         seen += samples_in(batch)
         if seen >= samples:
-            break
-    return seen
+            return
+    if seen == 0:
+        raise CalibrationError(
+            "the calibration data is empty: give at least one batch (a generator can be read only once)"
+        )
 
 
 def samples_in(batch: Any) -> int:
@@ -239,41 +174,3 @@ def observers_off(prepared: QuantModule) -> Iterator[None]:
     finally:
         for observer in enabled:
             observer.enabled = True  # type: ignore[assignment]
-
-
-def bound_arguments(module: QuantModule, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
-    """What the parameters of a graph's forward get, by name, in the order of its placeholders."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return dict(bound.arguments)
-
-
-def _is_constant(node: Node) -> bool:
-    """A tensor of the module, or what is dequantized from one."""
-    return node.op == "get_attr" or (is_dequantize(node) and node.args[0].op == "get_attr")  # type: ignore[union-attr]
-
-
-def _made_at_reading(node: Node) -> bool:
-    return node.op == "get_attr" or is_dequantize(node)
-
-
-def _last_reads(graph: fx.Graph) -> dict[Node, list[Node]]:
-    """For each node, those whose values nobody reads after it, itself included if nobody reads it at all."""
-    last: dict[Node, Node] = {}
-    for node in graph.nodes:
-        last[node] = node
-        for source in node.all_input_nodes:
-            for stored in _stored(source):
-                last[stored] = node
-    found: dict[Node, list[Node]] = {}
-    for node, reader in last.items():
-        found.setdefault(reader, []).append(node)
-    return found
-
-
-def _stored(node: Node) -> Iterator[Node]:
-    """The nodes whose values are read when this one is."""
-    if not _made_at_reading(node):
-        yield node
-    for source in node.all_input_nodes if _made_at_reading(node) else ():
-        yield from _stored(source)

@@ -29,7 +29,10 @@ class Preset:
             (:mod:`fxq.passes.smooth`).
         correct_rounding: take out of each layer's bias what rounding its weight adds to the mean of its output, by
             means recorded while calibrating (:mod:`fxq.passes.correct_bias`).
-        correct_bias: take out the mean error of any cause, measured layer by layer (:func:`fxq.correct_bias`).
+        correct_bias: samples with which the mean error of any cause is taken out of each layer's bias
+            (:func:`fxq.correct_bias`); 0 for none.
+        frugal: do so only for models traced as a whole, and with no more samples than the first batch has or a quarter
+            of the model's bytes hold, so that quantizing takes little more memory than the model.
         learn_rounding: learn whether each weight is rounded up or down (:func:`fxq.learn_rounding`).
     """
 
@@ -39,13 +42,9 @@ class Preset:
     equalize: bool = False
     smooth: bool = True
     correct_rounding: bool = True
-    correct_bias: bool = False
+    correct_bias: int = 0
+    frugal: bool = False
     learn_rounding: bool = False
-
-    @property
-    def refines(self) -> bool:
-        """Whether something is left to do after conversion, for which data is needed again."""
-        return self.correct_bias or self.learn_rounding
 
     def qconfig(self, name: str, backend: Backend) -> QConfig:
         """The QConfig of a name with this preset's observers."""
@@ -61,16 +60,18 @@ PRESETS: Mapping[str, Preset] = {
         text="the smallest and largest value seen",
         activation="minmax", weight="minmax", smooth=False, correct_rounding=False,
     ),
-    "default": Preset(text="the backend's recommended observers; biases make up for the rounding of weights, weights "
-        "take over outlier channels of LayerNorms"),
+    "default": Preset(
+        text="the backend's recommended observers; corrected biases, weights take over outlier channels of LayerNorms",
+        correct_bias=16, frugal=True,
+    ),
     "advanced": Preset(
         text="histogram ranges that clip outliers, clipped weights, equalized layers (where weights have one scale a "
         "tensor), corrected biases; no labels, no gradients",
-        activation="histogram", weight="mse", equalize=True, correct_bias=True,
+        activation="histogram", weight="mse", equalize=True, correct_bias=64,
     ),
     "max": Preset(
         text="as advanced, and the rounding of each weight is learned",
-        activation="histogram", weight="mse", equalize=True, correct_bias=True, learn_rounding=True,
+        activation="histogram", weight="mse", equalize=True, correct_bias=64, learn_rounding=True,
     ),
 }  # fmt: skip
 

@@ -33,7 +33,7 @@ def _dequantize(q: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
 def _dequantize_channel(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
     shape = [1] * q.dim()
     shape[axis] = -1
-    return (q.to(torch.float32) - zero_point.reshape(shape)) * scale.reshape(shape)
+    return q.to(torch.float32, copy=True).sub_(zero_point.reshape(shape)).mul_(scale.reshape(shape))
 
 
 _LIBRARY.impl("quantize", _quantize, "CompositeImplicitAutograd")

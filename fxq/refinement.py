@@ -52,8 +52,13 @@ def refine(
         clone = copy_module(region)
         path = paths[id(region)]
         change(clone, floats[path], calls.get(path, []))
-        clone.graph.eliminate_dead_code()
-        Pipeline([RoundBiases()])(clone)
+        settle(clone)
         return clone
 
     return map_regions(reference, changed)
+
+
+def settle(reference: QuantModule) -> None:
+    """Finish a graph whose constants were changed: biases go back to their grid."""
+    reference.graph.eliminate_dead_code()
+    Pipeline([RoundBiases()])(reference)

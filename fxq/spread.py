@@ -7,11 +7,12 @@ too many, then of every second, every fourth, and so on. The same data gives the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxq.lockstep import samples_in
 
@@ -39,6 +40,16 @@ def spread_samples(batches: Sequence[Any], samples: int, *, whole: bool = False)
     return [pieces[at * len(pieces) // number] for at in range(number)]
 
 
+def in_pieces(batches: Sequence[Any]) -> list[Any]:
+    """The same samples in smaller batches, which take less memory to run.
+
+    Example:
+        >>> in_pieces([torch.arange(6)])
+        [tensor([0, 1, 2, 3]), tensor([4, 5])]
+    """
+    return [_entries(batch, slice(at, at + _PIECE)) for batch in batches for at in range(0, samples_in(batch), _PIECE)]
+
+
 class KeepSpread:
     """Data that remembers samples spread over all of it while it is read.
 
@@ -46,6 +57,7 @@ class KeepSpread:
         data: an iterable of batches.
         samples: to keep; up to twice as many, and at least one batch, are held.
         whole: as for :func:`spread_samples`.
+        limit: keep no more samples than these bytes hold, or than the first batch has.
 
     Example:
         >>> data = KeepSpread([torch.arange(0, 6), torch.arange(6, 12)], 8)
@@ -54,13 +66,15 @@ class KeepSpread:
         [tensor([0, 1, 3, 4]), tensor([ 6,  7,  9, 10])]
     """
 
-    def __init__(self, data: Iterable[Any], samples: int, *, whole: bool = False) -> None:
-        self.data, self.samples, self.whole = data, samples, whole
+    def __init__(self, data: Iterable[Any], samples: int, *, whole: bool = False, limit: float = math.inf) -> None:
+        self.data, self.samples, self.whole, self.limit = data, samples, whole, limit
         self._held: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:
         self._held, every = [], 1
         for number, batch in enumerate(self.data):
+            if number == 0:
+                self.samples = int(min(self.samples, max(samples_in(batch), self.limit / _bytes_of_one(batch))))
             if self.samples and number % every == 0:
                 own = tree_map_only(torch.Tensor, torch.clone, batch)  # a model may write to what it is given
                 self._held = self._shortened([*self._held, own])
@@ -85,10 +99,22 @@ def _count(batches: Sequence[Any]) -> int:
     return sum(samples_in(batch) for batch in batches)
 
 
+def _bytes_of_one(batch: Any) -> float:
+    """Bytes of one sample of a batch."""
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    return max(1.0, sum(tensor.nbytes for tensor in tensors) / max(1, samples_in(batch)))
+
+
 def _cut(batch: Any, samples: int) -> Any:
     """Evenly spaced entries of a batch, copied, so that nothing keeps the others in memory."""
     length = samples_in(batch)
     if length <= samples:
         return batch
     chosen = torch.arange(samples) * length // samples
+    return _entries(batch, chosen)
+
+
+def _entries(batch: Any, chosen: torch.Tensor | slice) -> Any:
+    """These entries of the tensors in a batch that are as long as its first one."""
+    length = samples_in(batch)
     return tree_map_only(torch.Tensor, lambda x: x[chosen] if x.dim() and x.shape[0] == length else x, batch)

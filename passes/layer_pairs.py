@@ -16,7 +16,6 @@ import torch
 from torch.fx import Node
 
 from fxq.graph_module import QuantModule
-from fxq.lockstep import Walk
 from fxq.ops import (
     ADAPTIVE_AVG_POOL2D,
     AVG_POOL2D,
@@ -38,6 +37,7 @@ from fxq.passes.layer_weights import (
     static_parameters,
 )
 from fxq.plan import QuantPlan
+from fxq.walk import Walk
 
 POOLS = (MAX_POOL2D, AVG_POOL2D, ADAPTIVE_AVG_POOL2D)  # between convs, where they go over places, not channels
 _BETWEEN = (RELU, LEAKY_RELU)

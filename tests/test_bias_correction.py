@@ -9,7 +9,8 @@ from models_for_tests import Lambda, conv
 from torch import nn
 
 import fxq
-from fxq.bias_correction import clipped_normal_mean, shrunken_mean
+from fxq.bias_correction import shrunken_mean
+from fxq.bias_statistics import clipped_normal_mean
 from fxq.errors import CalibrationError, StageError
 from fxq.lockstep import lockstep, region_inputs
 

@@ -13,7 +13,7 @@ from torch import nn
 import fxq
 from fxq.errors import CalibrationError, StageError
 from fxq.graph_module import QuantModule
-from fxq.lockstep import Walk, lockstep, observers_off, region_inputs, samples_in
+from fxq.lockstep import lockstep, observers_off, region_inputs, samples_in
 from fxq.partition import regions_of
 from fxq.qdq import is_quantize
 
@@ -78,20 +78,6 @@ def test_a_changed_constant_is_seen_by_all_that_follows():
             break
     else:
         pytest.fail("the last layer was not reached")
-
-
-def test_values_are_dropped_after_their_last_reader():
-    data = batches()
-    _, reference = both(net(), data)
-    walk = Walk(reference, [((x,), {}) for x in data])
-    most = 0
-    with torch.no_grad():
-        for node in reference.graph.nodes:
-            walk.run(node)
-            most = max(most, len(walk._values))
-            walk.release(node)
-    assert not walk._values
-    assert most <= 4 < sum(node.op == "call_function" for node in reference.graph.nodes)
 
 
 def test_observers_record_nothing():
@@ -171,22 +157,3 @@ def test_empty_data_and_wrong_stage():
 )
 def test_samples_in_a_batch(batch, count):
     assert samples_in(batch) == count
-
-
-def first_taken(sizes: list[int]) -> int:
-    return sizes.pop(0)
-
-
-torch.fx.wrap("first_taken")
-
-
-def test_functions_may_change_the_lists_they_are_given() -> None:
-    model = Lambda(lambda m, x: m.a(x[:, : first_taken([3, 1])]), a=conv()).eval()
-    prepared = fxq.prepare(model, batches()[0])
-    (x,) = batches()[:1]
-    walk = Walk(prepared, [((x,), {})])
-    for node in prepared.graph.nodes:
-        if node.op == "output":
-            assert torch.equal(walk.values(node.args[0])[0], model(x))
-        else:
-            walk.run(node)

@@ -37,7 +37,7 @@ def test_every_preset_quantizes_what_can_be_read_once(name, qconfig):
     assert sqnr(model(X).detach(), qmodel(X)) > 20
     notes = str(fxq.summary(qmodel))
     assert ("for the rounding of their weights" in notes) == (name != "simple")
-    assert ("layers, from " in notes) == (name == "advanced")  # learning roundings corrects biases by the way
+    assert ("layers, from " in notes) == (name in ("default", "advanced"))  # learning roundings corrects biases by the way
     assert ("roundings learned" in notes) == (name == "max")
     assert ("equalize" in str(fxq.fusion_table(qmodel))) == (name in ("advanced", "max") and qconfig == "per_tensor")
 
@@ -81,24 +81,18 @@ def test_scales_that_are_powers_of_two(name):
     assert all(math.frexp(scale)[0] == 0.5 for scale in found.tolist())
 
 
-def test_steps_give_what_the_one_call_gives():
-    model = net()
-    once = fxq.quantize(model, DATA, calibration="advanced", qconfig="per_tensor")
-    prepared = fxq.prepare(model, DATA[0], calibration="advanced", qconfig="per_tensor")
-    fxq.calibrate(prepared, DATA)
-    reference = fxq.correct_bias(fxq.convert_to_reference(prepared), prepared, DATA)
+@pytest.mark.parametrize("name", ["default", "advanced"])
+def test_steps_give_what_the_one_call_gives(name):
+    model, data = net(), [batch[:4] for batch in DATA]
+    once = fxq.quantize(model, data, calibration=name, qconfig="per_tensor")
+    prepared = fxq.prepare(model, data[0], calibration=name, qconfig="per_tensor")
+    fxq.calibrate(prepared, data)
+    samples = 4 if name == "default" else 64  # one batch: a quarter of this model's bytes is not much
+    reference = fxq.correct_bias(fxq.convert_to_reference(prepared), prepared, data, samples=samples)
     assert torch.equal(fxq.lower(reference, "x86")(X), once(X))
 
 
 def test_models_in_regions():
-    class Loops(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = net()
-
-        def forward(self, x):
-            return [self.body(x)] if bool(x.mean() > -9) else []
-
     model = Loops().eval()
     qmodel = fxq.quantize(model, DATA, calibration="max", qconfig="per_tensor")
     assert sqnr(model(X)[0].detach(), qmodel(X)[0]) > 20
@@ -129,7 +123,7 @@ def test_a_budget_is_judged_with_corrected_biases():
     qconfig = fxq.QConfig(activation=get_backend("qnnpack").activation, weight=weight)
     options = {"qconfig": qconfig, "backend": "qnnpack"}
     plain, corrected = (
-        metric(fxq.quantize(model, [X], calibration=name, **options)) for name in ("default", "advanced")
+        metric(fxq.quantize(model, [X], calibration=name, **options)) for name in ("simple", "advanced")
     )
     assert corrected > plain
     for name in ("advanced", "max"):
@@ -157,6 +151,51 @@ def test_learned_roundings_that_miss_the_budget_are_not_used(monkeypatch):
     qmodel = fxq.quantize(model, DATA, calibration="max", target="sqnr:20")
     assert sqnr(model(X).detach(), qmodel(X)) > 20
     assert "too low, so they are not used" in " ".join(fxq.summary(qmodel).split())
+
+
+class Loops(nn.Module):
+    """Cannot be traced as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x):
+        return [self.body(x)] if bool(x.mean() > -9) else []
+
+
+class Sixteen(nn.Module):
+    """Takes one image, whose channels are no samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(16, 4)
+
+    def forward(self, x):
+        return self.conv(x.view(1, 16, 8, 8))
+
+
+def notes_of(qmodel: nn.Module) -> str:
+    return " ".join(note for region in regions_of(qmodel).values() for note in region.plan.notes)
+
+
+def test_default_corrects_models_of_one_graph_from_few_samples():
+    assert "corrected: 3 layers, from 2 batches" in notes_of(fxq.quantize(net(), DATA))  # 8 samples, 4 at a time
+    assert "layers, from" not in notes_of(fxq.quantize(Loops().eval(), DATA))
+    assert "layers, from" in notes_of(fxq.quantize(Loops().eval(), DATA, calibration="advanced"))
+
+
+@pytest.mark.parametrize("name", ["default", "advanced"])
+def test_models_that_do_not_run_on_a_part_of_a_batch(name):
+    model, x = Sixteen().eval(), torch.randn(16, 8, 8)
+    qmodel = fxq.quantize(model, [x], calibration=name)
+    assert "not corrected from data, because the model fails on a part of a batch" in fxq.summary(qmodel)
+    assert sqnr(model(x).detach(), qmodel(x)) > 20
+
+
+def test_default_with_a_budget_corrects_biases_too():
+    qmodel = fxq.quantize(net(), DATA, target="sqnr:10")
+    assert "layers, from" in notes_of(qmodel)
 
 
 @pytest.mark.parametrize("call", [fxq.quantize, fxq.prepare])

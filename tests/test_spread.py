@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from models_for_tests import Lambda
@@ -10,7 +12,7 @@ from torch import nn
 import fxq
 from fxq.backends import get_backend
 from fxq.lockstep import samples_in
-from fxq.spread import KeepSpread, spread_samples
+from fxq.spread import KeepSpread, in_pieces, spread_samples
 
 SIZES = [(1, 500), (2, 64), (3, 100), (40, 32), (500, 1), (129, 1), (33, 7), (1000, 8)]
 
@@ -91,3 +93,18 @@ def test_what_a_model_does_to_its_input_does_not_reach_the_samples(whole: bool) 
     for batch in data:
         batch.zero_()
     assert torch.equal(torch.cat(data.kept), torch.arange(8))
+
+
+def test_no_more_samples_than_some_bytes_hold_or_the_first_batch_has() -> None:
+    for limit, samples in ((math.inf, 8), (4.0 * 6 * 10, 6), (10.0, 2)):  # a sample has 10 numbers of 4 bytes
+        data = KeepSpread(torch.rand(20, 2, 10).unbind(), 8, limit=limit)
+        list(data)
+        assert sum(len(batch) for batch in data.kept) == samples
+
+
+def test_pieces_hold_the_same_samples() -> None:
+    batches = [{"x": torch.arange(9), "scale": torch.ones(1)}, {"x": torch.arange(9, 12), "scale": torch.ones(1)}]
+    pieces = in_pieces(batches)
+    assert [len(piece["x"]) for piece in pieces] == [4, 4, 1, 3]
+    assert torch.equal(torch.cat([piece["x"] for piece in pieces]), torch.arange(12))
+    assert all(len(piece["scale"]) == 1 for piece in pieces)
