@@ -1,6 +1,7 @@
 """Accuracy of int8 models on real weights and images, beside other tools on the same data.
 
     python benchmarks/accuracy.py --data DIR                # fxq and its peers
+    python benchmarks/accuracy.py --data DIR --views        # on more views of each test image: less chance
     python benchmarks/accuracy.py --data DIR --observers    # fxq with each way to choose ranges
 
 DIR is described in benchmarks/real_data.py, the peers in benchmarks/peers.py. Prints, for each model and method, top-1
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", help="only these rows of the table")
     parser.add_argument("--observers", action="store_true", help="compare observers instead of tools")
+    parser.add_argument("--views", action="store_true", help="more views of each test image")
     parser.add_argument("--images", type=int, default=None, help="test with the first N images only")
     parser.add_argument("--format", default="simple", help="of the table; github for Markdown")
     options = parser.parse_args()
@@ -142,7 +144,11 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown methods {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     methods = {name: known[name] for name in options.methods or known}
-    rows = [row for name in options.models for row in measure(load_task(name, options.data), methods, options.images)]
+    rows = [
+        row
+        for name in options.models
+        for row in measure(load_task(name, options.data, options.views), methods, options.images)
+    ]
     headers = ["model", "method", "top-1 %", "to float", "top-5 %", "agrees %", "SQNR dB", "seconds"]
     print(tabulate(rows, headers, options.format, disable_numparse=True))
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fxq.bias_statistics import correct_from_statistics
 from fxq.calibration import ForwardFn, shows_progress
 from fxq.graph_module import BACKEND, QuantModule, get_attribute
-from fxq.lockstep import Step
+from fxq.lockstep import Step, samples_in
 from fxq.ops import LINEAR, Op
 from fxq.partition import Inputs
 from fxq.plan import Slot
@@ -119,7 +119,8 @@ def correct_means(reference: QuantModule, means: Means, inputs: Sequence[Inputs]
                 _correct_to(means[node.name], layers[node], walk, reference)
                 bar.update()
             walk.release(node)
-    note = f"biases corrected: {len(layers)} layers, from {len(inputs)} batches"
+    samples = sum(samples_in(given) for given in inputs)
+    note = f"biases corrected: {len(layers)} layers, for what else shifts their outputs, from {samples} samples"
     reference.plan.notes = [*reference.plan.notes, note]
 
 

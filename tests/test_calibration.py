@@ -96,9 +96,10 @@ def test_every_form_means_the_same(form: str) -> None:
 def test_every_form_in_one_call(form: str) -> None:
     torch.manual_seed(1)
     net = Lambda(lambda m, x: torch.relu(m.a(x)), a=conv())
-    prepared = fxq.prepare(net, X[0])
+    prepared = fxq.prepare(net, X[0], calibration="simple")
     fxq.calibrate(prepared, X)
-    assert torch.equal(fxq.quantize(net, FORMS[form]())(X[0]), fxq.convert(prepared)(X[0]))
+    assert torch.equal(fxq.quantize(net, FORMS[form](), calibration="simple")(X[0]), fxq.convert(prepared)(X[0]))
+    assert torch.equal(fxq.quantize(net, FORMS[form]())(X[0]), fxq.quantize(net, X)(X[0]))
 
 
 @pytest.mark.parametrize(

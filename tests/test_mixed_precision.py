@@ -76,10 +76,11 @@ def test_no_smaller_set_would_do():
 def test_a_budget_that_is_met_at_once():
     net = chain()
     metric = agreement(net)
-    qmodel = fxq.quantize(net, images(), backend="qnnpack", metric=metric, max_drop=50)
+    options = {"backend": "qnnpack", "calibration": "simple"}
+    qmodel = fxq.quantize(net, images(), metric=metric, max_drop=50, **options)
     assert kept_float(qmodel) == [] and metric.calls == 2  # the float model and the int8 one
     assert "no layer had to stay float" in fxq.summary(qmodel)
-    assert torch.equal(qmodel(X), fxq.quantize(net, images(), backend="qnnpack")(X))
+    assert torch.equal(qmodel(X), fxq.quantize(net, images(), **options)(X))
 
 
 def test_a_budget_that_cannot_be_met():

@@ -37,7 +37,7 @@ def test_every_preset_quantizes_what_can_be_read_once(name, qconfig):
     assert sqnr(model(X).detach(), qmodel(X)) > 20
     notes = str(fxq.summary(qmodel))
     assert ("for the rounding of their weights" in notes) == (name != "simple")
-    assert ("layers, from " in notes) == (name in ("default", "advanced"))  # learning roundings corrects biases by the way
+    assert ("what else shifts" in notes) == (name in ("default", "advanced"))
     assert ("roundings learned" in notes) == (name == "max")
     assert ("equalize" in str(fxq.fusion_table(qmodel))) == (name in ("advanced", "max") and qconfig == "per_tensor")
 
@@ -180,9 +180,9 @@ def notes_of(qmodel: nn.Module) -> str:
 
 
 def test_default_corrects_models_of_one_graph_from_few_samples():
-    assert "corrected: 3 layers, from 2 batches" in notes_of(fxq.quantize(net(), DATA))  # 8 samples, 4 at a time
-    assert "layers, from" not in notes_of(fxq.quantize(Loops().eval(), DATA))
-    assert "layers, from" in notes_of(fxq.quantize(Loops().eval(), DATA, calibration="advanced"))
+    assert "shifts their outputs, from 8 samples" in notes_of(fxq.quantize(net(), DATA))
+    assert "what else shifts" not in notes_of(fxq.quantize(Loops().eval(), DATA))
+    assert "what else shifts" in notes_of(fxq.quantize(Loops().eval(), DATA, calibration="advanced"))
 
 
 @pytest.mark.parametrize("name", ["default", "advanced"])
@@ -195,7 +195,7 @@ def test_models_that_do_not_run_on_a_part_of_a_batch(name):
 
 def test_default_with_a_budget_corrects_biases_too():
     qmodel = fxq.quantize(net(), DATA, target="sqnr:10")
-    assert "layers, from" in notes_of(qmodel)
+    assert "what else shifts" in notes_of(qmodel)
 
 
 @pytest.mark.parametrize("call", [fxq.quantize, fxq.prepare])
