@@ -5,8 +5,9 @@
     python benchmarks/accuracy.py --data DIR --observers    # fxq with each way to choose ranges
 
 DIR is described in benchmarks/real_data.py, the peers in benchmarks/peers.py. Prints, for each model and method, top-1
-and its difference to float in points, top-5, how often the prediction is float's own, the mean SQNR of the scores in
-dB, and the seconds from float model to int8 model.
+and its difference to float in points with the standard error of that, which is what chance makes of predictions that
+are right in one of the two only; top-5, how often the prediction is float's own, the mean SQNR of the scores in dB, and
+the seconds from float model to int8 model.
 """
 
 from __future__ import annotations
@@ -100,13 +101,18 @@ def scores(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def measures(expected: torch.Tensor, actual: torch.Tensor, labels: torch.Tensor) -> list[str]:
     """Top-1, its difference to that of ``expected``, top-5, agreement in percent, mean SQNR in dB."""
 
+    def right(k: int, values: torch.Tensor) -> torch.Tensor:
+        return (values.topk(k).indices == labels[:, None]).any(1).float()
+
     def top(k: int, values: torch.Tensor) -> float:
-        return 100 * (values.topk(k).indices == labels[:, None]).any(1).float().mean().item()
+        return 100 * right(k, values).mean().item()
 
     agrees = 100 * (actual.argmax(1) == expected.argmax(1)).float().mean().item()
     decibels = statistics.mean(sqnr(e, a) for e, a in zip(expected, actual, strict=True))
     change = top(1, actual) - top(1, expected)
-    return [f"{top(1, actual):.1f}", f"{change:+.1f}", f"{top(5, actual):.1f}", f"{agrees:.1f}", f"{decibels:.1f}"]
+    chance = 100 * (right(1, actual) != right(1, expected)).sum().sqrt().item() / len(labels)
+    to_float = f"{change:+.1f} ± {chance:.1f}"
+    return [f"{top(1, actual):.1f}", to_float, f"{top(5, actual):.1f}", f"{agrees:.1f}", f"{decibels:.1f}"]
 
 
 def measure(task: Task, methods: dict[str, Method], images: int | None) -> list[list[str]]:

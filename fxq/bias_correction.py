@@ -174,10 +174,13 @@ def _sample_means(output: torch.Tensor, dims: int) -> torch.Tensor:
 
 
 def shrunken_mean(errors: torch.Tensor) -> torch.Tensor:
-    """The mean of ``[N, C]`` over ``N``, times the part of its square that the samples' scatter does not explain."""
+    """The mean of ``[N, C]`` over ``N``, times the part of its square that twice the samples' scatter does not explain.
+
+    Twice, because what the corrections of earlier layers owe to chance looks like an error of the later ones.
+    """
     count = errors.shape[0]
     if count < 2:
         return torch.zeros_like(errors[0])
     mean = errors.mean(0)
-    scatter = errors.var(0).sum() / count
+    scatter = 2 * errors.var(0).sum() / count
     return mean * (1 - scatter / mean.square().sum().clamp(min=torch.finfo(mean.dtype).tiny)).clamp(min=0)
