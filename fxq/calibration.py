@@ -19,6 +19,7 @@ from fxq.errors import CalibrationError
 from fxq.fake_quantize import calibrating
 from fxq.graph_module import QuantModule
 from fxq.input_checks import input_facts
+from fxq.interpreter import graph_signature
 from fxq.lazy_code import interpreted
 from fxq.partition import Inputs, is_one_list, partition_of, regions_of, runs
 from fxq.plan import Stage
@@ -96,24 +97,14 @@ def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
     tensor was given for.
     """
     if isinstance(model, QuantModule):
-        parameters = _parameters_of_graph(model)
+        facts = input_facts(model.graph, model.plan)
+        parameters = [
+            parameter if facts.get(parameter.name) is None else parameter.replace(default=parameter.empty)
+            for parameter in graph_signature(model.graph).parameters.values()
+        ]
     else:
         parameters = list(inspect.signature(model.forward).parameters.values())
     return _with_list(parameters) if _took_list(model) else parameters
-
-
-def _parameters_of_graph(model: QuantModule) -> list[inspect.Parameter]:
-    """Read from the graph, whose code need not be written for it."""
-    facts = input_facts(model.graph, model.plan)
-    defaults = {str(node.target): node.args for node in model.graph.find_nodes(op="placeholder")}
-    return [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=inspect.Parameter.empty if fact is not None or not defaults[name] else defaults[name][0],
-        )
-        for name, fact in facts.items()
-    ]
 
 
 def most_arguments(model: nn.Module) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import fx
@@ -26,3 +27,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, immutable_dict) or type(value) is dict:
         return {key: plain(item) for key, item in value.items()}
     return value
+
+
+def graph_signature(graph: fx.Graph) -> inspect.Signature:
+    """That of the function torch.fx would write for a graph, which is not written for it: that takes much memory."""
+    kinds = {0: inspect.Parameter.POSITIONAL_OR_KEYWORD, 1: inspect.Parameter.VAR_POSITIONAL,
+             2: inspect.Parameter.VAR_KEYWORD}  # fmt: skip
+    parameters = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            name = str(node.target).lstrip("*")
+            default = node.args[0] if node.args else inspect.Parameter.empty
+            parameters.append(inspect.Parameter(name, kinds[len(str(node.target)) - len(name)], default=default))
+    return inspect.Signature(parameters)

@@ -19,6 +19,7 @@ from torch.fx import Node
 from fxq.calibration import ForwardFn, forward_parameters, iterate, model_inputs, run_batch
 from fxq.errors import CalibrationError
 from fxq.graph_module import QuantModule
+from fxq.lazy_code import interpreted
 from fxq.partition import Inputs, regions_of
 from fxq.plan import Stage
 from fxq.walk import Walk
@@ -124,7 +125,7 @@ def region_inputs(
     if regions.keys() == {""} and forward_fn is None:
         return {"": [copy.deepcopy(model_inputs(batch, parameters)) for batch in batches]}
     calls: dict[str, list[Inputs]] = {path: [] for path in regions}
-    with contextlib.ExitStack() as stack, torch.no_grad():
+    with contextlib.ExitStack() as stack, torch.no_grad(), interpreted(regions.values()):
         for path, region in regions.items():
             stack.enter_context(observers_off(region))
             stack.callback(_record_calls(region, calls[path]).remove)

@@ -28,7 +28,7 @@ def odd_fractions(ratios: torch.Tensor) -> torch.Tensor:
         >>> odd_fractions(torch.tensor([[0.3, 0.7]]).double()) * 3205
         tensor([[ 961.5000, 2243.5000]], dtype=torch.float64)
     """
-    return torch.cat([_nearest(part) for part in ratios.split(256)])  # all denominators at once: 8 MiB
+    return torch.cat([_nearest(part) for part in ratios.split(32)])  # all denominators at once: 1 MiB
 
 
 def _nearest(ratios: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,6 @@ their integers at each reading, which costs little time and saves three quarters
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.fx import Node
 
 from fxq.copying import copy_inputs
 from fxq.graph_module import QuantModule
-from fxq.interpreter import plain
+from fxq.interpreter import graph_signature, plain
 from fxq.ops import LINEAR
 from fxq.partition import Inputs
 from fxq.qdq import QUANTIZE, is_dequantize, is_quantize
@@ -127,22 +126,9 @@ def _quantize_in_parts(x: torch.Tensor, *how: Any) -> torch.Tensor:
 
 def bound_arguments(module: QuantModule, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
     """What the parameters of a graph's forward get, by name, in the order of its placeholders."""
-    bound = _signature(module.graph).bind(*args, **kwargs)
+    bound = graph_signature(module.graph).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
-
-
-def _signature(graph: fx.Graph) -> inspect.Signature:
-    """That of the function torch.fx would write for a graph, which is not written for it: that takes much memory."""
-    kinds = {0: inspect.Parameter.POSITIONAL_OR_KEYWORD, 1: inspect.Parameter.VAR_POSITIONAL,
-             2: inspect.Parameter.VAR_KEYWORD}  # fmt: skip
-    parameters = []
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            name = str(node.target).lstrip("*")
-            default = node.args[0] if node.args else inspect.Parameter.empty
-            parameters.append(inspect.Parameter(name, kinds[len(str(node.target)) - len(name)], default=default))
-    return inspect.Signature(parameters)
 
 
 def _is_constant(node: Node) -> bool:
