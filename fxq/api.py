@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -139,9 +139,7 @@ def quantize(
     elif preset.learn_rounding:
         reference = learn_rounding(_to_reference(prepared, stacklevel=4), prepared, data.kept, **options)
     elif samples:
-        kept = data.kept if forward_fn is not None else in_pieces(data.kept)
-        del data
-        reference = _corrected(prepared, kept, **options)
+        reference = _corrected(prepared, data, **options)
     else:
         reference = _to_reference(prepared, stacklevel=4, region_to_reference=_become_reference)
     del prepared  # or its float weights, which went one by one
@@ -154,21 +152,25 @@ def _bytes_of(model: nn.Module) -> int:
 
 
 def _corrected(
-    prepared: nn.Module, batches: Sequence[Any], samples: int, forward_fn: ForwardFn | None, progress: bool | None
+    prepared: nn.Module, data: KeepSpread, samples: int, forward_fn: ForwardFn | None, progress: bool | None
 ) -> nn.Module:
     """The reference graph that a prepared model becomes, with corrected biases; the two never exist side by side."""
-    problem = None
+    problem, batches = None, data.taken()
     try:
+        if forward_fn is None:
+            batches = in_pieces(batches)
         inputs = region_inputs(prepared, batches, samples=samples, forward_fn=forward_fn)
         means = {path: float_means(region, inputs[path]) for path, region in regions_of(prepared).items()}
     except Exception as error:  # of any kind: not every model runs on a part of a batch
-        problem = f"biases are not corrected from data, because the model fails on a part of a batch: {error}"
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        problem = f"biases are not corrected from data, because the model fails on a part of a batch: {reason}"
+    del batches
     reference = _to_reference(prepared, stacklevel=5, region_to_reference=_become_reference)
     for path, region in regions_of(reference).items():
         if problem is not None:
             region.plan.notes = [*region.plan.notes, problem]
         else:
-            correct_means(region, means[path], inputs[path], shows_progress(progress))
+            correct_means(region, means[path], inputs.pop(path), shows_progress(progress))
             settle(region)
     return reference
 

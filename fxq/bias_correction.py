@@ -111,7 +111,8 @@ def correct_means(reference: QuantModule, means: Means, inputs: Sequence[Inputs]
     layers = {layer.node: layer for layer in quant_layers(reference) if layer.node.name in means}
     for layer in layers.values():
         layer.set_bias(layer.bias(reference).clone(), reference)
-    walk = Walk(reference, inputs, frugal=True)
+    samples, walk = sum(samples_in(given) for given in inputs), Walk(reference, inputs, frugal=True)
+    del inputs  # which the walk lets go of
     with torch.no_grad(), tqdm(desc="correct biases", total=len(layers), disable=not progress) as bar:
         for node in reference.graph.nodes:
             walk.run(node)
@@ -119,7 +120,6 @@ def correct_means(reference: QuantModule, means: Means, inputs: Sequence[Inputs]
                 _correct_to(means[node.name], layers[node], walk, reference)
                 bar.update()
             walk.release(node)
-    samples = sum(samples_in(given) for given in inputs)
     note = f"biases corrected: {len(layers)} layers, for what else shifts their outputs, from {samples} samples"
     reference.plan.notes = [*reference.plan.notes, note]
 

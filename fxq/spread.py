@@ -90,6 +90,11 @@ class KeepSpread:
         """The samples, in batches, in the order of the data that was read."""
         return spread_samples(self._held, self.samples, whole=self.whole)
 
+    def taken(self) -> list[Any]:
+        """The samples, of which no others are held any more."""
+        kept, self._held = self.kept, []
+        return kept
+
     def _shortened(self, batches: list[Any]) -> list[Any]:
         share = max(2 * self.samples // len(batches), _PIECE)
         return batches if self.whole else [_cut(batch, share) for batch in batches]

@@ -21,7 +21,7 @@ from fxq.ops import LINEAR
 from fxq.partition import Inputs
 from fxq.qdq import QUANTIZE, is_dequantize, is_quantize
 
-_PART = 1 << 18  # elements quantized or dequantized at a time
+_PART = 1 << 16  # elements quantized or dequantized at a time
 
 
 class Walk:
@@ -55,7 +55,7 @@ class Walk:
         self._constants.clear()
         if node.op == "placeholder":
             name = str(node.target).lstrip("*")
-            self._values[node] = [bound.get(name) for bound in self._inputs]
+            self._values[node] = [bound.pop(name, None) for bound in self._inputs]
         elif node not in self._made_at_reading:
             self._values[node] = [self._call(node, batch) for batch in range(self.size)]
 
