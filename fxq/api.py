@@ -360,6 +360,9 @@ def _warn_never_observed(reference: nn.Module, stacklevel: int) -> None:
 def convert(prepared: nn.Module) -> nn.Module:
     """The calibrated model with the packed int8 kernels of its backend.
 
+    Corrections from data are steps of their own, between :func:`convert_to_reference` and :func:`lower`:
+    :func:`fxq.correct_bias`, :func:`fxq.learn_rounding`.
+
     Args:
         prepared: calibrated; unchanged.
 
