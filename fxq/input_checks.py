@@ -52,7 +52,7 @@ def _misfit(name: str, value: Any, fact: TensorFact) -> str | None:
     channels_differ = value.dim() > 1 and value.shape[1:2] != fact.shape[1:2]
     if value.dim() != len(fact.shape) or channels_differ:
         return f"input '{name}' has shape {list(value.shape)}; the model was prepared with {_describe(fact)}"
-    if value.shape[2:] != fact.shape[2:]:
+    if value.shape != fact.shape:
         return (
             f"input '{name}' has shape {list(value.shape)}, and the model fails on it; it was prepared with "
             f"{_describe(fact)}"

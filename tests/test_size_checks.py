@@ -41,6 +41,29 @@ class Sum(nn.Module):
         return self.conv(x) + self.constant
 
 
+class Moved(nn.Module):
+    """A layer whose channels or pixels are the first axis of the input."""
+
+    def __init__(self, layer: nn.Module, *order: int) -> None:
+        super().__init__()
+        self.layer, self.order = layer, order
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        moved = x.permute(self.order)
+        return self.layer(moved if len(self.order) != 3 else moved[None])
+
+
+class Two(nn.Module):
+    """The sum of a convolution of each input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.one(x) + self.other(y)
+
+
 def noise(*shape: int) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
 
@@ -66,6 +89,9 @@ REFUSED = {
     "qnnpack channels": ("qnnpack", lambda: nn.Conv2d(4, 8, 3, padding=1), (1, 4, 9, 9), (1, 3, 9, 9)),
     "qnnpack more channels": ("qnnpack", lambda: nn.Conv2d(4, 8, 3, padding=1), (1, 4, 9, 9), (1, 5, 9, 9)),
     "qnnpack features": ("qnnpack", lambda: nn.Linear(4, 8), (1, 5, 4), (1, 5, 5)),
+    "conv2d of rows first": ("x86", lambda: Moved(nn.Conv2d(4, 8, 3), 2, 0, 1), (9, 9, 4), (2, 9, 4)),
+    "qnnpack of features first": ("qnnpack", lambda: Moved(nn.Linear(8, 4), 1, 0), (8, 5), (4, 5)),
+    "qnnpack of more features": ("qnnpack", lambda: Moved(nn.Linear(8, 4), 1, 0), (8, 5), (9, 5)),
     "qnnpack transposed": ("x86", lambda: nn.ConvTranspose2d(8, 8, 2, 2), (1, 8, 9, 9), (1, 7, 9, 9)),
 }  # fmt: skip
 
@@ -93,13 +119,36 @@ def test_copies_refuse_too() -> None:
 
 
 def test_the_reference_runs_for_smaller_sizes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    qmodel = quantized(nn.Conv2d(4, 8, 3), 2, 4, 9, 9)
+    qmodel = quantized(nn.Conv2d(4, 8, 3), 1, 4, 9, 9)
     known = qmodel.meta[REFERENCE]
     runs: list[int] = []
     known.register_forward_pre_hook(lambda module, args: runs.append(args[0].shape[2]))
     for size in (9, 12, 5, 6, 5, 4, 9):
         qmodel(noise(1, 4, size, size))
     assert runs == [5, 4]
+
+
+def test_first_axes_between_known_ones_are_known() -> None:
+    if "qnnpack" not in available_engines():
+        pytest.skip("no qnnpack")
+    qmodel = quantized(nn.Linear(8, 4), 4, 8, backend="qnnpack")
+    runs: list[int] = []
+    qmodel.meta[REFERENCE].register_forward_pre_hook(lambda module, args: runs.append(args[0].shape[0]))
+    for batch in (4, 1, 2, 3, 6, 5, 1, 8):
+        qmodel(noise(batch, 8))
+    assert runs == [1, 6, 8]
+
+
+@pytest.mark.parametrize("batches", [(4, 2), (4, 1), (1, 4)])
+def test_fused_sums_refuse_operands_of_two_batches(batches: tuple[int, int]) -> None:
+    if "onednn" not in available_engines():
+        pytest.skip("no onednn")
+    model, inputs = Two().eval(), (noise(1, 4, 9, 9), noise(1, 4, 9, 9))
+    qmodel = fxq.quantize(model, [inputs], backend="onednn", progress=False)
+    assert "conv2d_add" in {region.row for region in qmodel.meta[REFERENCE].plan.regions}
+    qmodel(noise(4, 4, 9, 9), noise(4, 4, 9, 9))
+    with pytest.raises(InputError, match="'add' adds tensors of sizes"):
+        qmodel(*(noise(batch, 4, 9, 9) for batch in batches))
 
 
 def test_models_without_such_kernels_do_not_ask() -> None:
