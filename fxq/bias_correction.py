@@ -114,35 +114,48 @@ def correct_means(reference: QuantModule, means: Means, inputs: Sequence[Inputs]
     samples, walk = sum(samples_in(given) for given in inputs), Walk(reference, inputs, frugal=True)
     del inputs  # which the walk lets go of
     with torch.no_grad(), tqdm(desc="correct biases", total=len(layers), disable=not progress) as bar:
+        corrected = 0
         for node in reference.graph.nodes:
             walk.run(node)
             if node in layers:
-                _correct_to(means[node.name], layers[node], walk, reference)
+                corrected += _correct_to(means[node.name], layers[node], walk, reference)
                 bar.update()
             walk.release(node)
-    note = f"biases corrected: {len(layers)} layers, for what else shifts their outputs, from {samples} samples"
+    note = f"biases corrected: {corrected} layers, for what else shifts their outputs, from {samples} samples"
+    if layers and not corrected:
+        note = "biases are not corrected from data, because one sample tells no mean error from chance"
     reference.plan.notes = [*reference.plan.notes, note]
 
 
-def _correct_to(means: Sequence[torch.Tensor], layer: QuantLayer, walk: Walk, reference: QuantModule) -> None:
-    """Add what a layer that just ran lacks of its means to its bias, and run it again."""
+def _correct_to(means: Sequence[torch.Tensor], layer: QuantLayer, walk: Walk, reference: QuantModule) -> bool:
+    """Add what a layer that just ran lacks of its means to its bias, and run it again; whether there were enough."""
     dims = _dims(layer.op, len(layer.shape))
-    errors = [mean - _sample_means(walk.value(layer.node, batch), dims) for batch, mean in enumerate(means)]
-    if errors:
-        layer.set_bias(layer.bias(reference) + shrunken_mean(torch.cat(errors)).float(), reference)
-        walk.run(layer.node)
+    actual = (_sample_means(walk.value(layer.node, batch), dims) for batch in range(len(means)))
+    if not _add_mean_error(layer, means, actual, reference):
+        return False
+    walk.run(layer.node)
+    return True
 
 
 def correct_layer(layer: QuantLayer, step: Step, reference: QuantModule) -> None:
     """Add the mean error of a layer that just ran to its own bias, and run it again."""
     dims = _dims(layer.op, len(layer.shape))
-    errors = [
-        _sample_means(expected - actual, dims) for expected, actual in zip(step.expected, step.actual, strict=True)
-    ]
-    if not errors:
-        return
+    expected, actual = ((_sample_means(value, dims) for value in values) for values in (step.expected, step.actual))
+    if _add_mean_error(layer, expected, actual, reference):
+        step.rerun()
+
+
+def _add_mean_error(
+    layer: QuantLayer, expected: Iterable[torch.Tensor], actual: Iterable[torch.Tensor], reference: QuantModule
+) -> bool:
+    """Add the mean of what samples lack to a bias; whether there are enough to tell it from chance."""
+    pairs = zip(expected, actual, strict=True)
+    # what a model selects by its values may be other rows than in float
+    errors = [wanted - found for wanted, found in pairs if wanted.shape == found.shape]
+    if sum(map(len, errors)) < 2:
+        return False
     layer.set_bias(layer.bias(reference) + shrunken_mean(torch.cat(errors)).float(), reference)
-    step.rerun()
+    return True
 
 
 def _weight_dims(prepared: QuantModule) -> dict[Node, int]:
@@ -164,7 +177,9 @@ def _dims(op: Op, weight: int) -> int:
 
 
 def _sample_means(output: torch.Tensor, dims: int) -> torch.Tensor:
-    """Means of a layer's output over places, float64 ``[N, channels]``."""
+    """Means of a layer's output over places, float64 ``[N, channels]``; of no sample where there are no places."""
+    if not output.numel():
+        return output.new_empty(0, output.shape[-1 - dims], dtype=torch.float64)
     if dims:
         batched = output if output.dim() == dims + 2 else output[None]
         return batched.flatten(2).mean(2).double()
@@ -174,13 +189,12 @@ def _sample_means(output: torch.Tensor, dims: int) -> torch.Tensor:
 
 
 def shrunken_mean(errors: torch.Tensor) -> torch.Tensor:
-    """The mean of ``[N, C]`` over ``N``, times the part of its square that twice the samples' scatter does not explain.
+    """The mean of ``[N, C]`` over ``N``, which is 2 or more, times the part of its square that twice the samples'
+    scatter does not explain.
 
     Twice, because what the corrections of earlier layers owe to chance looks like an error of the later ones.
     """
     count = errors.shape[0]
-    if count < 2:
-        return torch.zeros_like(errors[0])
     mean = errors.mean(0)
     scatter = 2 * errors.var(0).sum() / count
     return mean * (1 - scatter / mean.square().sum().clamp(min=torch.finfo(mean.dtype).tiny)).clamp(min=0)

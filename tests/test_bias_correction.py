@@ -12,6 +12,7 @@ import fxq
 from fxq.bias_correction import shrunken_mean
 from fxq.bias_statistics import clipped_normal_mean
 from fxq.errors import CalibrationError, StageError
+from fxq.graph_module import REFERENCE
 from fxq.lockstep import lockstep, region_inputs
 
 DATA = [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
@@ -98,6 +99,35 @@ def test_one_sample_corrects_nothing():
     prepared, reference = both(net())
     corrected = fxq.correct_bias(reference, prepared, [DATA[0][:1]])
     assert torch.equal(corrected(DATA[1]), reference(DATA[1]))
+    assert "biases are not corrected from data, because one sample tells no mean error from chance" in notes(corrected)
+
+
+@pytest.mark.parametrize("calibration", ["default", "advanced"])
+@pytest.mark.parametrize(
+    ("shape", "where"),
+    [
+        ((16, 8), lambda y: y[:, 0] > y[:, 0].mean()),  # rows more or less in int8
+        ((16, 8), lambda y: y[:, 0] > 9),  # none but in one batch
+        ((4, 6, 8), lambda y: y[0, :, 0] > 9),
+    ],
+)
+def test_rows_chosen_by_their_values(calibration, shape, where):
+    def routed(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = m.a(x)
+        return y.sum(-2) + m.b(y.index_select(-2, where(y).nonzero()[:, 0])).sum(-2)
+
+    generator = torch.Generator().manual_seed(3)
+    model = Lambda(routed, a=nn.Linear(8, 8), b=nn.Linear(8, 8)).requires_grad_(False)
+    model.a.weight.normal_(generator=generator)
+    data = [torch.randn(shape, generator=generator) for _ in range(20)]
+    data[1] += 30 * model.a.weight[0]
+    qmodel = fxq.quantize(model, data, calibration=calibration, progress=False)
+    assert all(value.isfinite().all() for value in qmodel.meta[REFERENCE].state_dict().values())
+    assert any("layers, for what else shifts their outputs" in note for note in notes(qmodel))
+
+
+def notes(model: nn.Module) -> list[str]:
+    return model.meta["fxq"].notes
 
 
 def test_uncertain_means_are_shrunk():
