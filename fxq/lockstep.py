@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from fxq.calibration import ForwardFn, forward_parameters, iterate, model_inputs, run_batch
 from fxq.errors import CalibrationError
@@ -156,11 +157,9 @@ def _first_batches(data: Iterable[Any], samples: int) -> Iterator[Any]:
 
 
 def samples_in(batch: Any) -> int:
-    """Entries along the first axis of the first tensor in a batch; 1 if there is none."""
-    if isinstance(batch, torch.Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    members = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else ()
-    return next((samples_in(member) for member in members), 1)
+    """Entries along the first axis of the first tensor in a batch that has one; 1 if there is none."""
+    tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim())
+    return next((tensor.shape[0] for tensor in tensors), 1)
 
 
 @contextlib.contextmanager

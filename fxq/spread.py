@@ -8,7 +8,7 @@ too many, then of every second, every fourth, and so on. The same data gives the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,8 @@ class KeepSpread:
             if number == 0:
                 self.samples = int(min(self.samples, max(samples_in(batch), self.limit / _bytes_of_one(batch))))
             if self.samples and number % every == 0:
-                own = tree_map_only(torch.Tensor, torch.clone, batch)  # a model may write to what it is given
+                own = dict(batch) if isinstance(batch, Mapping) and not self.whole else batch  # one that can be cut
+                own = tree_map_only(torch.Tensor, torch.clone, own)  # a model may write to what it is given
                 self._held = self._shortened([*self._held, own])
                 if len(self._held) > 1 and _count(self._held) > 2 * self.samples:
                     self._held, every = self._held[::2], 2 * every

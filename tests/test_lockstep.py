@@ -153,7 +153,8 @@ def test_empty_data_and_wrong_stage():
 
 @pytest.mark.parametrize(
     ("batch", "count"),
-    [(torch.zeros(5, 2), 5), ((torch.zeros(3), 1), 3), ({"x": torch.zeros(2, 2)}, 2), (torch.tensor(1.0), 1), ("x", 1)],
-)
+    [(torch.zeros(5, 2), 5), ((torch.zeros(3), 1), 3), ({"x": torch.zeros(2, 2)}, 2), (torch.tensor(1.0), 1), ("x", 1),
+     ((None, torch.zeros(4)), 4), ((torch.tensor(0.5), torch.zeros(3)), 3), (((), {"x": torch.zeros(2, 2)}), 2)],
+)  # fmt: skip
 def test_samples_in_a_batch(batch, count):
     assert samples_in(batch) == count

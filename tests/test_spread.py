@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import UserDict
 
 import pytest
 import torch
@@ -51,6 +52,12 @@ def test_tensors_in_a_batch_are_cut_together():
     assert cut["y"][1] == "label" and cut["mask"] is mask
     assert cut["x"].untyped_storage().nbytes() == 4 * x.element_size()  # the rest can be freed
     assert spread_samples(["anything"], 1) == ["anything"]
+
+
+def test_any_mapping_is_cut():
+    data = KeepSpread([UserDict(x=torch.arange(32), scale=0.5) for _ in range(3)], 8)
+    assert all(type(batch) is UserDict for batch in data)
+    assert sum(len(kept["x"]) for kept in data.kept) == 8
 
 
 def test_images_in_lists_are_not_cut():
