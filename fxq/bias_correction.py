@@ -109,6 +109,8 @@ def correct_means(reference: QuantModule, means: Means, inputs: Sequence[Inputs]
         means: from :func:`float_means`, for the same inputs.
     """
     layers = {layer.node: layer for layer in quant_layers(reference) if layer.node.name in means}
+    if not layers:
+        return
     for layer in layers.values():
         layer.set_bias(layer.bias(reference).clone(), reference)
     samples, walk = sum(samples_in(given) for given in inputs), Walk(reference, inputs, frugal=True)
@@ -122,7 +124,7 @@ def correct_means(reference: QuantModule, means: Means, inputs: Sequence[Inputs]
                 bar.update()
             walk.release(node)
     note = f"biases corrected: {corrected} layers, for what else shifts their outputs, from {samples} samples"
-    if layers and not corrected:
+    if not corrected:
         note = "biases are not corrected from data, because one sample tells no mean error from chance"
     reference.plan.notes = [*reference.plan.notes, note]
 

@@ -1,7 +1,8 @@
 """Run a graph node by node, each node on all batches before the next.
 
 Values are dropped when their last reader has run. Dequantized activations are not stored at all: they are made from
-their integers at each reading, which costs little time and saves three quarters of the memory.
+their integers at each reading, which costs little time and saves three quarters of the memory. Where a graph overwrites
+memory, other nodes may read it by other names, so that all is stored.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx import Node
 
+from fxq.aliases import overwrites
 from fxq.copying import copy_inputs
 from fxq.graph_module import QuantModule
 from fxq.interpreter import graph_signature, plain
@@ -44,8 +46,9 @@ class Walk:
         self.size = len(inputs)
         self._interpreter = fx.Interpreter(module)
         self._observers = set(module.plan.observer_nodes(module.graph))
-        self._inputs = [bound_arguments(module, *copy_inputs(given)) for given in inputs]
-        self._made_at_reading = _made_at_reading(module.graph, frugal)
+        overwritten = any(_overwrites(node, module) for node in module.graph.nodes)
+        self._inputs = [bound_arguments(module, *copy_inputs(given, own=overwritten)) for given in inputs]
+        self._made_at_reading = _constants(module.graph) if overwritten else _made_at_reading(module.graph, frugal)
         self._values: dict[Node, list[Any]] = {}
         self._constants: dict[Node, Any] = {}
         self._last = _last_reads(module.graph, self._made_at_reading)
@@ -134,6 +137,18 @@ def bound_arguments(module: QuantModule, args: tuple[Any, ...], kwargs: Any) -> 
 def _is_constant(node: Node) -> bool:
     """A tensor of the module, or what is dequantized from one."""
     return node.op == "get_attr" or (is_dequantize(node) and node.args[0].op == "get_attr")  # type: ignore[union-attr]
+
+
+def _overwrites(node: Node, module: QuantModule) -> bool:
+    """Whether a node writes to memory that others may read."""
+    if not node.op.startswith("call_"):
+        return False
+    leaf = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return overwrites(node, leaf) or "out" in node.kwargs
+
+
+def _constants(graph: fx.Graph) -> set[Node]:
+    return {node for node in graph.nodes if _is_constant(node)}
 
 
 def _made_at_reading(graph: fx.Graph, frugal: bool) -> set[Node]:

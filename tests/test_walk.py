@@ -13,6 +13,7 @@ from torch import nn
 import fxq
 from fxq import walk as walk_module
 from fxq.graph_module import QuantModule
+from fxq.lockstep import observers_off
 from fxq.qdq import is_quantize
 from fxq.walk import Walk, bound_arguments
 
@@ -71,6 +72,47 @@ def test_values_are_those_of_the_graph(qconfig, channels_last, frugal, monkeypat
             quantized += is_quantize(node)
             walk.release(node)
     assert quantized >= 5
+
+
+def write_to_parts(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = m.a(x)
+    first, second = y[:, :2], y[:, 2:]
+    y.mul_(-3.0)
+    return m.b(torch.cat([first, second.exp()], 1))
+
+
+def write_to_items(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = m.a(x)
+    z = y.clone()
+    z[:, 0] = y[:, 1].exp()
+    y[:, 1] = 0
+    return m.b(z) + y
+
+
+def write_to_input(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    first = x[:, :1]
+    x.mul_(3.0)
+    return m.b(m.a(x)) + first
+
+
+@pytest.mark.parametrize("frugal", [False, True])
+@pytest.mark.parametrize("forward", [write_to_parts, write_to_items, write_to_input])
+def test_what_is_written_in_place_is_read_by_all(forward, frugal):
+    data = batches()
+    model = Lambda(forward, a=conv(), b=conv(4, 4))
+    prepared = fxq.prepare(model, data[0].clone())
+    fxq.calibrate(prepared, [x.clone() for x in data])
+    for graph in (prepared, fxq.convert_to_reference(prepared)):
+        inputs = [x.clone() for x in data]
+        walk, result = Walk(graph, [((x,), {}) for x in inputs], frugal=frugal), graph.graph.output_node()
+        with torch.no_grad(), observers_off(prepared):
+            for node in graph.graph.nodes:
+                if node is not result:
+                    walk.run(node)
+                    walk.release(node)
+            found = walk.arguments(result, 0)[0], walk.arguments(result, 1)[0]
+            assert all(map(torch.equal, inputs, data))
+            assert all(torch.equal(value, graph(x)) for value, x in zip(found, inputs, strict=False))
 
 
 @pytest.mark.parametrize("frugal", [False, True])
