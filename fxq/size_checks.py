@@ -59,11 +59,7 @@ class KnownSizes:
         if sizes in self._taken or self._follow(sizes, self._taken.copy()):
             return
         with torch.no_grad():
-            own_args, own_kwargs = copy_inputs((args, kwargs), own=True)
-            if self._sums:
-                _OperandsOfOneSize(self._reference, self._sums).run_call(own_args, own_kwargs)
-            else:
-                self._reference(*own_args, **own_kwargs)
+            Trial(self._reference, self._sums).run_call(*copy_inputs((args, kwargs), own=True))
         self._taken.add(sizes)
 
     def _follow(self, sizes: Sizes, taken: Iterable[Sizes]) -> bool:
@@ -98,9 +94,12 @@ def _fused_sums(reference: QuantModule) -> dict[str, str]:
     return {name: row for name, row in tails.items() if name in nodes and nodes[name].target is ADD.target}
 
 
-class _OperandsOfOneSize(Interpreter):
-    """Runs a graph whose sums must have operands of one size: in float others are broadcast, in the memory of one of
-    them there is no room for it.
+class Trial(Interpreter):
+    """Runs a reference graph for what it raises, without its code, which would take more memory to compile.
+
+    Args:
+        sums: that must have operands of one size: in float others are broadcast, in the memory of one of them there is
+            no room for it.
     """
 
     def __init__(self, module: QuantModule, sums: Mapping[str, str]) -> None:

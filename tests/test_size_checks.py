@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ import fxq
 from fxq.engine import available_engines
 from fxq.errors import InputError
 from fxq.graph_module import REFERENCE
+from fxq.lazy_code import Uncompiled
+from fxq.size_checks import Trial
 
 
 class Between(nn.Module):
@@ -120,23 +123,34 @@ def test_copies_refuse_too() -> None:
 
 def test_the_reference_runs_for_smaller_sizes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     qmodel = quantized(nn.Conv2d(4, 8, 3), 1, 4, 9, 9)
-    known = qmodel.meta[REFERENCE]
-    runs: list[int] = []
-    known.register_forward_pre_hook(lambda module, args: runs.append(args[0].shape[2]))
+    runs = shapes_tried(monkeypatch)
     for size in (9, 12, 5, 6, 5, 4, 9):
         qmodel(noise(1, 4, size, size))
-    assert runs == [5, 4]
+    assert runs == [(1, 4, 5, 5), (1, 4, 4, 4)]
+    assert isinstance(vars(type(qmodel.meta[REFERENCE]))["forward"], Uncompiled)
 
 
-def test_first_axes_between_known_ones_are_known() -> None:
+def shapes_tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes that reference graphs will run for."""
+    found: list[tuple[int, ...]] = []
+    run = Trial.run_call
+
+    def run_call(trial: Trial, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        found.append(tuple(args[0].shape))
+        run(trial, args, kwargs)
+
+    monkeypatch.setattr(Trial, "run_call", run_call)
+    return found
+
+
+def test_first_axes_between_known_ones_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     if "qnnpack" not in available_engines():
         pytest.skip("no qnnpack")
     qmodel = quantized(nn.Linear(8, 4), 4, 8, backend="qnnpack")
-    runs: list[int] = []
-    qmodel.meta[REFERENCE].register_forward_pre_hook(lambda module, args: runs.append(args[0].shape[0]))
+    runs = shapes_tried(monkeypatch)
     for batch in (4, 1, 2, 3, 6, 5, 1, 8):
         qmodel(noise(batch, 8))
-    assert runs == [1, 6, 8]
+    assert runs == [(1, 8), (6, 8), (8, 8)]
 
 
 @pytest.mark.parametrize("batches", [(4, 2), (4, 1), (1, 4)])
