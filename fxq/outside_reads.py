@@ -25,6 +25,7 @@ _MAKING = {
     _ATEN.new_empty, _ATEN.new_empty_strided, _ATEN.new_full, _ATEN.new_ones, _ATEN.new_zeros, _ATEN.empty_like,
     _ATEN.full_like, _ATEN.ones_like, _ATEN.rand_like, _ATEN.randn_like, _ATEN.zeros_like,
 }  # fmt: skip
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _OF_CONTAINERS = ("__getitem__", "__iter__", "__len__")
 _TAKING_TYPE = {_ATEN.to, _ATEN.type_as}  # of their second argument; only in inference mode do they get here
 
@@ -109,10 +110,13 @@ class _Watched(torch.Tensor):
         watched = [value for value in tree_leaves(given) if isinstance(value, _Watched)]
         with torch._C.DisableTorchFunctionSubclass():
             described = tree_map_only(_Watched, lambda tensor: Described("", tuple(tensor.shape), tensor.dtype), given)
+            tried, enough = None, func != _SET_DATA  # a description would take it, and the layer never see it
             try:
-                tried = func(*described[0], **described[1])
-            except Exception:  # of whatever kind: a description is not enough
-                tried = None
+                if enough:
+                    tried = func(*described[0], **described[1])
+            except Exception:  # of whatever kind
+                enough = False
+            if not enough:
                 for value in watched:
                     value.used()
             result = func(*given[0], **given[1])

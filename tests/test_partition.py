@@ -568,6 +568,28 @@ class ReadsInside(nn.Module):
         return self.body(self.embed(x))
 
 
+def test_what_code_outside_gives_new_weights_is_no_region():
+    class Assigning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+            self.raw = nn.Parameter(torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(1)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.sum() > 1e9:
+                return x
+            self.inner.weight.data = self.raw * x.mean()
+            return self.outer(self.inner(x))
+
+    torch.manual_seed(0)
+    model = Assigning().eval()
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    quantized = fxq.quantize(model, [images, 3 * images], progress=False)
+    assert list(regions_of(quantized)) == ["outer"]
+    expected = model(3 * images)
+    assert (quantized(3 * images) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
 def test_what_code_outside_reads_is_no_region():
     torch.manual_seed(0)
     model = ReadsInside(lambda weight, x: x * weight.mean()).eval()
