@@ -31,8 +31,8 @@ class Preset:
             means recorded while calibrating (:mod:`fxq.passes.correct_bias`).
         correct_bias: samples with which the mean error of any cause is taken out of each layer's bias
             (:func:`fxq.correct_bias`); 0 for none.
-        frugal: do so only for models traced as a whole, and with no more samples than the first batch has or a quarter
-            of the model's bytes hold, so that quantizing takes little more memory than the model.
+        frugal: do so only for models traced as a whole, and with no more samples than the first batch has, a quarter
+            of the model's bytes hold, or four, so that quantizing takes little more memory than the model.
         learn_rounding: learn whether each weight is rounded up or down (:func:`fxq.learn_rounding`).
     """
 

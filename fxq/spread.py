@@ -57,7 +57,7 @@ class KeepSpread:
         data: an iterable of batches.
         samples: to keep; up to twice as many, and at least one batch, are held.
         whole: as for :func:`spread_samples`.
-        limit: keep no more samples than these bytes hold, or than the first batch has.
+        limit: keep no more samples than these bytes hold, than the first batch has, and than four.
 
     Example:
         >>> data = KeepSpread([torch.arange(0, 6), torch.arange(6, 12)], 8)
@@ -74,7 +74,7 @@ class KeepSpread:
         self._held, every = [], 1
         for number, batch in enumerate(self.data):
             if number == 0:
-                self.samples = int(min(self.samples, max(samples_in(batch), self.limit / _bytes_of_one(batch))))
+                self.samples = int(min(self.samples, max(_PIECE, samples_in(batch), self.limit / _bytes_of_one(batch))))
             if self.samples and number % every == 0:
                 own = dict(batch) if isinstance(batch, Mapping) and not self.whole else batch  # one that can be cut
                 own = tree_map_only(torch.Tensor, torch.clone, own)  # a model may write to what it is given

@@ -103,7 +103,7 @@ def test_what_a_model_does_to_its_input_does_not_reach_the_samples(whole: bool) 
 
 
 def test_no_more_samples_than_some_bytes_hold_or_the_first_batch_has() -> None:
-    for limit, samples in ((math.inf, 8), (4.0 * 6 * 10, 6), (10.0, 2)):  # a sample has 10 numbers of 4 bytes
+    for limit, samples in ((math.inf, 8), (4.0 * 6 * 10, 6), (10.0, 4)):  # a sample has 10 numbers of 4 bytes
         data = KeepSpread(torch.rand(20, 2, 10).unbind(), 8, limit=limit)
         list(data)
         assert sum(len(batch) for batch in data.kept) == samples
