@@ -18,6 +18,7 @@ from fxq.calibration import forward_parameters, model_inputs
 from fxq.config import named_qconfig
 from fxq.errors import CalibrationError, StageError
 from fxq.observers import OBSERVERS
+from fxq.qdq import is_quantize
 
 X = [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
 LABELS = [torch.tensor([i, i]) for i in range(4)]
@@ -100,6 +101,32 @@ def test_every_form_in_one_call(form: str) -> None:
     fxq.calibrate(prepared, X)
     assert torch.equal(fxq.quantize(net, FORMS[form](), calibration="simple")(X[0]), fxq.convert(prepared)(X[0]))
     assert torch.equal(fxq.quantize(net, FORMS[form]())(X[0]), fxq.quantize(net, X)(X[0]))
+
+
+def scales(qmodel: nn.Module) -> list[float]:
+    nodes = fxq.partition.reference_of(qmodel).graph.nodes
+    return [node.args[1] for node in nodes if is_quantize(node)]
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_the_order_of_the_batches(observer: str) -> None:
+    """Ranges do not depend on it, but for a moving average; the same order gives the same model, bit for bit."""
+    torch.manual_seed(1)
+    net = Lambda(lambda m, x: m.b(torch.relu(m.a(x))), a=conv(), b=conv(4, 4))
+    data = [x * scale for x, scale in zip(X, (0.5, 3.0, 1.0, 2.0), strict=True)]
+    backend = get_backend("x86")
+    qconfig = fxq.QConfig(activation=backend.activation.replace(observer=observer), weight=backend.weight)
+
+    def quantized(order: list[int], calibration: str) -> nn.Module:
+        batches = [data[i] for i in order]
+        return fxq.quantize(net, batches, qconfig=qconfig, example_inputs=X[0], calibration=calibration)
+
+    first, again, other = (quantized(order, "default") for order in ([0, 1, 2, 3], [0, 1, 2, 3], [3, 1, 0, 2]))
+    assert torch.equal(first(X[0]), again(X[0]))
+    assert (scales(first) == scales(other)) == (observer != "moving_average")
+    if observer != "moving_average":  # without corrections nothing depends on it
+        uncorrected = (quantized(order, "simple")(X[0]) for order in ([0, 1, 2, 3], [3, 1, 0, 2]))
+        assert torch.equal(*uncorrected)
 
 
 @pytest.mark.parametrize(
