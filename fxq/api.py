@@ -127,11 +127,9 @@ def quantize(
     prepared = _prepare(model, inputs, backend, qconfig, exclude, preset, pow2_scales, borrow=True)
     samples = preset.correct_bias if not preset.frugal or regions_of(prepared).keys() == {""} else 0
     options: dict[str, Any] = {"samples": samples, "forward_fn": forward_fn, "progress": progress}
-    if budget is not None:
-        data = KeepSpread(calibration_data, max(samples, TARGET_SAMPLES), whole=forward_fn is not None)
-    else:
-        limit = _bytes_of(model) / 4 if preset.frugal else math.inf
-        data = KeepSpread(calibration_data, samples, whole=forward_fn is not None, limit=limit)
+    kept = samples if budget is None else max(samples, TARGET_SAMPLES)
+    limit = _bytes_of(model) / 4 if preset.frugal and budget is None else math.inf
+    data = KeepSpread(calibration_data, kept, whole=forward_fn is not None, limit=limit)
     calibrate(prepared, data, num_batches=num_batches, forward_fn=forward_fn, progress=progress)
     if budget is not None:
         judge = Judge(model, data.kept, budget, forward_fn)

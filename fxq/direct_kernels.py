@@ -26,7 +26,6 @@ from fxq.int_views import as_quantized, as_uint8
 from fxq.interpreter import plain
 from fxq.onednn import library
 from fxq.onednn_primitives import Convolution, dense_strides
-from fxq.walk import bound_arguments
 
 # Kernels whose result is memory of its own. What any other function returns may be a view of what it got.
 _FRESH = {
@@ -60,7 +59,7 @@ class DirectModel:
             raise BackendError("this model depends on how tensors lie in memory, which would be otherwise here")
         planner = Planner(model)
         with running():
-            planner.run(*bound_arguments(model, args, kwargs).values())
+            planner.run_call(args, kwargs)
         self.convolutions = sum(isinstance(step.kernel, Convolution) for step in planner.steps.values())
         if not self.convolutions:
             raise BackendError("this model has no convolution or linear that oneDNN can run as it is")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -16,6 +17,12 @@ class Interpreter(fx.Interpreter):
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         return plain(args), plain(kwargs)
+
+    def run_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the graph's forward would return for these arguments, without its code being written."""
+        bound = graph_signature(self.graph).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return self.run(*bound.args, enable_io_processing=False)
 
 
 def plain(value: Any) -> Any:

@@ -55,12 +55,6 @@ def interpreted(modules: Iterable[fx.GraphModule]) -> Iterator[None]:
 
 
 def _interpret(module: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-    nodes = module.graph.find_nodes(op="placeholder")
-    values = {str(node.target): node.args[0] for node in nodes if node.args}
-    values |= dict(zip((str(node.target) for node in nodes), args, strict=False)) | kwargs
-    missing = [str(node.target) for node in nodes if node.target not in values]
-    if missing or len(args) > len(nodes) or len(values) > len(nodes):
-        raise TypeError(f"the model takes {', '.join(str(node.target) for node in nodes)}")
     interpreter = Interpreter(module)
     interpreter.extra_traceback = False
-    return interpreter.run(*(values[str(node.target)] for node in nodes), enable_io_processing=False)
+    return interpreter.run_call(args, kwargs)

@@ -37,7 +37,7 @@ def node_times(modules: list[QuantModule], inputs: Inputs, runs: int) -> list[di
     with torch.no_grad(), running():
         for run in range(runs + 1):
             for watch in watches:
-                watch.run(*watch.arguments(inputs))
+                watch.run_call(*inputs)
                 if run == 0:
                     watch.seconds.clear()
     return [watch.times() for watch in watches]
@@ -50,13 +50,6 @@ class _Stopwatch(Interpreter):
         self.plan = module.plan
         self.seconds: dict[str, float] = {}
         self.sizes: dict[str, int] = {}
-
-    def arguments(self, inputs: Inputs) -> list[Any]:
-        """The inputs in the order of the graph's placeholders."""
-        args, kwargs = inputs
-        names = [str(node.target) for node in self.graph.nodes if node.op == "placeholder"][len(args) :]
-        given = [name for name in names if name in kwargs]
-        return [*args, *(kwargs[name] for name in given)]
 
     def run_node(self, n: Node) -> Any:
         if not n.op.startswith("call_"):

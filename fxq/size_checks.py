@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxq.copying import copy_inputs
 from fxq.errors import InputError
-from fxq.interpreter import Interpreter, graph_signature
+from fxq.interpreter import Interpreter
 from fxq.ops import ADD
 from fxq.plan import QuantPlan
 
@@ -106,11 +106,6 @@ class Trial(Interpreter):
         super().__init__(module)
         self.extra_traceback = False
         self._plan, self._sums = module.plan, sums
-
-    def run_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        bound = graph_signature(self.graph).bind(*args, **kwargs)
-        bound.apply_defaults()
-        self.run(*bound.args, enable_io_processing=False)
 
     def run_node(self, n: Node) -> Any:
         if n.name in self._sums:

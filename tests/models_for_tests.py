@@ -12,6 +12,7 @@ from torch import nn
 from fxq.backends import get_backend
 from fxq.config import QConfigMapping
 from fxq.graph_module import QuantModule
+from fxq.lockstep import observers_off
 from fxq.op_table import Backend
 from fxq.ops import VOCABULARY, Dictionary
 from fxq.pass_base import Pass, Pipeline
@@ -169,3 +170,17 @@ def batches(shape: Sequence[int] = (2, 3, 8, 8), count: int = 2) -> list[torch.T
 
 def conv(cin: int = 3, cout: int = 4, kernel: int = 3, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(cin, cout, kernel, **{"padding": kernel // 2, **options})
+
+
+def interpreted(module: QuantModule, *args: Any) -> dict[str, Any]:
+    """The value of every node, from torch.fx's own interpreter."""
+    found = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, n):
+            found[n.name] = super().run_node(n)
+            return found[n.name]
+
+    with observers_off(module), torch.no_grad():
+        Recorder(module).run(*args)
+    return found

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from models_for_tests import Lambda, Two, batches, conv
+from models_for_tests import Lambda, Two, batches, conv, interpreted
 from torch import nn
 
 import fxq
 from fxq.errors import CalibrationError, StageError
-from fxq.graph_module import QuantModule
-from fxq.lockstep import lockstep, observers_off, region_inputs, samples_in
+from fxq.lockstep import lockstep, region_inputs, samples_in
 from fxq.partition import regions_of
 from fxq.qdq import is_quantize
 
@@ -32,20 +29,6 @@ def both(model, data, **options) -> tuple[nn.Module, nn.Module]:
     prepared = fxq.prepare(model, data[0], **options)
     fxq.calibrate(prepared, data)
     return prepared, fxq.convert_to_reference(prepared)
-
-
-def interpreted(module: QuantModule, *args: Any) -> dict[str, Any]:
-    """The value of every node, from torch.fx's own interpreter."""
-    found = {}
-
-    class Recorder(torch.fx.Interpreter):
-        def run_node(self, n):
-            found[n.name] = super().run_node(n)
-            return found[n.name]
-
-    with observers_off(module), torch.no_grad():
-        Recorder(module).run(*args)
-    return found
 
 
 def test_values_are_those_of_the_two_graphs():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import pytest
 import torch
-from models_for_tests import Lambda, batches, conv
+from models_for_tests import Lambda, batches, conv, interpreted
 from torch import nn
 
 import fxq
@@ -34,20 +33,6 @@ def reference_of_net(qconfig: str = "per_channel") -> QuantModule:
     reference = fxq.convert_to_reference(prepared)
     assert isinstance(reference, QuantModule)
     return reference
-
-
-def interpreted(module: QuantModule, *args: Any) -> dict[str, Any]:
-    """The value of every node, from torch.fx's own interpreter."""
-    found = {}
-
-    class Recorder(torch.fx.Interpreter):
-        def run_node(self, n):
-            found[n.name] = super().run_node(n)
-            return found[n.name]
-
-    with torch.no_grad():
-        Recorder(module).run(*args)
-    return found
 
 
 @pytest.mark.parametrize("frugal", [False, True])
