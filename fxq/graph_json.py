@@ -1,30 +1,22 @@
 """A reference graph as JSON, and back. Nothing in it can name code outside a fixed list.
 
-Functions are written by name and looked up again only among the vocabulary's targets, the qdq ops, arithmetic
-operators, ``torch.nn.functional`` and torch's own tensor functions; methods must be torch tensor methods; modules must
-be those the reader has made (:mod:`fxq.leaves`); what torch.fx writes into the code of ``forward`` (inputs, keywords,
-paths of tensors and modules) must be plain names. So neither
-reading nor running a graph executes anything that the file brings.
+Functions and methods are written by name and looked up again only in a list of harmless ones
+(:mod:`fxq.file_functions`); modules must be those the reader has made (:mod:`fxq.leaves`); what torch.fx writes into
+the code of ``forward`` (inputs, keywords, paths of tensors and modules) must be plain names. So neither reading nor
+running a graph executes anything that the file brings.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-import types
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 from torch.fx import Node
 
-from fxq.aliases import after
-from fxq.attention import multihead_attention, window_attention
 from fxq.errors import FileFormatError, FxqError
-from fxq.ops import VOCABULARY
-from fxq.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from fxq.file_functions import functions, tensor_methods
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -38,56 +30,7 @@ _MEMORY_FORMATS = {
     for order in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 }
 
-# Arithmetic, comparison and indexing only: operator.call and methodcaller would let a file call anything.
-_OPERATORS = (
-    "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "index", "invert", "is_", "le", "lt", "matmul",
-    "mod", "mul", "ne", "neg", "not_", "or_", "pos", "pow", "sub", "truediv", "xor",
-    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "setitem",
-)  # fmt: skip
 _ATTRIBUTES = frozenset({"shape", "ndim", "device", "dtype", "data", "T", "mT"})
-# Functions and methods that read files or foreign memory, call Python back, or trust their arguments blindly.
-_UNSAFE = frozenset({
-    "from_file", "from_numpy", "frombuffer", "asarray", "empty_quantized", "apply_", "map_", "map2_", "set_", "numpy",
-    "data_ptr", "const_data_ptr", "untyped_storage", "record_stream", "as_subclass", "resize_as_sparse_",
-})  # fmt: skip
-_PYTHON_METHODS = frozenset({"split", "norm", "unflatten", "unique", "unique_consecutive", "stft", "istft"})
-_UNSAFE_FAMILIES = ("cudnn_", "miopen_", "mkldnn_", "fbgemm_", "sparse_", "quantized_", "fused_", "batch_norm_")
-
-
-# Functions of torch.nn.functional that are written in C++ and not in the vocabulary.
-_BUILTIN_FUNCTIONS = (
-    "elu_", "hardtanh_", "leaky_relu_", "logsigmoid", "one_hot", "scaled_dot_product_attention", "softplus",
-    "softshrink",
-)  # fmt: skip
-
-
-def _is_safe(name: str) -> bool:
-    return name not in _UNSAFE and not name.startswith(("_", *_UNSAFE_FAMILIES))
-
-
-def _functions() -> dict[str, Callable[..., Any]]:
-    """Every function that a file may name."""
-    named: dict[str, Callable[..., Any]] = {f"op:{op.name}": op.target for op in VOCABULARY}
-    named |= {"fxq:quantize": QUANTIZE, "fxq:dequantize": DEQUANTIZE, "fxq:dequantize_channel": DEQUANTIZE_CHANNEL}
-    named |= {f"fxq:{f.__name__}": f for f in (multihead_attention, window_attention, after)}
-    named |= {f"builtins:{function.__name__}": function for function in (getattr, len, max, min)}
-    named["torch:_assert"] = torch._assert
-    named |= {f"math:{f.__name__}": f for f in (math.ceil, math.floor, math.sqrt)}
-    named |= {f"operator:{name}": getattr(operator, name) for name in _OPERATORS}
-    for name in dir(torch._C._VariableFunctions):
-        if _is_safe(name):
-            named[f"torch:{name}"] = getattr(torch._C._VariableFunctions, name)
-    for name, value in vars(F).items():
-        if isinstance(value, types.FunctionType) and value.__module__ == F.__name__ and not name.startswith("_"):
-            named[f"functional:{name}"] = value
-    named |= {f"functional:{name}": getattr(F, name) for name in _BUILTIN_FUNCTIONS}
-    named |= {f"torch.functional:{name}": getattr(torch.functional, name) for name in torch.functional.__all__}
-    return named
-
-
-def _is_tensor_method(name: str) -> bool:
-    method = getattr(torch.Tensor, name, None)
-    return name in _PYTHON_METHODS or (_is_safe(name) and isinstance(method, types.MethodDescriptorType))
 
 
 def _is_path(path: str) -> bool:
@@ -102,7 +45,7 @@ def encode_graph(graph: fx.Graph) -> list[dict[str, Any]]:
         FxqError: for a node that a file cannot hold, naming it.
     """
     names: dict[Any, str] = {}
-    for name, function in _functions().items():
+    for name, function in functions().items():
         names.setdefault(function, name)
     return [_encode_node(node, names) for node in graph.nodes]
 
@@ -113,7 +56,7 @@ def _encode_node(node: Node, names: dict[Any, str]) -> dict[str, Any]:
         if target not in names:
             raise FxqError(f"node '{node.name}' calls {target!r}, which is not one of torch's own functions")
         target = names[target]
-    if node.op == "call_method" and not _is_tensor_method(target):
+    if node.op == "call_method" and target not in tensor_methods():
         raise FxqError(f"node '{node.name}' calls the method '{target}', which a file may not call")
     args, kwargs = (encode_value(value, node.name) for value in (node.args, node.kwargs))
     return {"name": node.name, "op": node.op, "target": target, "args": args, "kwargs": kwargs}
@@ -160,12 +103,11 @@ def decode_graph(
     Raises:
         FileFormatError: for anything it would not have made.
     """
-    functions = _functions()
     graph = fx.Graph()
     nodes: dict[str, Node] = {}
     for record in records:
         name, op = record["name"], record["op"]
-        target = _decode_target(name, op, record["target"], functions, tensors, modules)
+        target = _decode_target(name, op, record["target"], tensors, modules)
         args, kwargs = decode_value(record["args"], nodes), decode_value(record["kwargs"], nodes)
         if not all(isinstance(key, str) and key.isidentifier() for key in kwargs):
             raise FileFormatError(f"node '{name}' has a keyword argument whose name is no identifier")
@@ -183,18 +125,17 @@ def _decode_target(
     name: str,
     op: str,
     target: Any,
-    functions: dict[str, Callable[..., Any]],
     tensors: Collection[str],
     modules: Collection[str],
 ) -> Any:
     if not isinstance(target, str):
         raise FileFormatError(f"the target of node '{name}' is no text")
     if op == "call_function":
-        if target not in functions:
+        if target not in functions():
             raise FileFormatError(f"node '{name}' names the function '{target}', which a file may not call")
-        return functions[target]
+        return functions()[target]
     if op == "call_method":
-        if not _is_tensor_method(target):
+        if target not in tensor_methods():
             raise FileFormatError(f"node '{name}' names the method '{target}', which a file may not call")
     elif op == "get_attr":
         if target not in tensors or not _is_path(target):

@@ -25,7 +25,7 @@ from fxq.onnx_qdq import bias_values, weight_values, write_dequantize, write_qua
 from fxq.onnx_recurrent import write_gru, write_lstm
 from fxq.onnx_windows import write_window_attention
 from fxq.onnx_writer import OnnxWriter, pairs
-from fxq.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE, is_dequantize
+from fxq.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE, QUANTIZE_AVERAGE, is_dequantize
 
 Row = Callable[[OnnxWriter], Any]
 
@@ -273,9 +273,16 @@ def _averaging(size: int, out: int) -> torch.Tensor:
 
 
 def _mean(w: OnnxWriter) -> str:
-    dim = w.get("dim")
+    dim, rank = w.get("dim"), len(w.shape(w.get("input")))
+    if rank > 2 and dim is not None and _sorted_axes(dim, rank) == [*range(2, rank)]:
+        pooled = str(w.add("GlobalAveragePool", w.name(w.get("input"))))  # runtimes have it for integers
+        return pooled if w.get("keepdim") else w.reshape(pooled, w.shape())
     axes = [] if dim is None else [w.ints([dim] if isinstance(dim, int) else dim)]
     return str(w.add("ReduceMean", w.name(w.get("input")), *axes, keepdims=int(bool(w.get("keepdim")))))
+
+
+def _sorted_axes(dim: int | Sequence[int], rank: int) -> list[int]:
+    return sorted(axis % rank for axis in ([dim] if isinstance(dim, int) else dim))
 
 
 _MODES = {"nearest": "nearest", "nearest-exact": "nearest", "bicubic": "cubic"}
@@ -441,6 +448,7 @@ def _einsum(w: OnnxWriter) -> str:
 
 FUNCTIONS: dict[Callable[..., Any], Row] = {
     QUANTIZE: write_quantize,
+    QUANTIZE_AVERAGE: write_quantize,
     DEQUANTIZE: write_dequantize,
     DEQUANTIZE_CHANNEL: write_dequantize,
     multihead_attention: write_multihead_attention,

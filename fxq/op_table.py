@@ -259,3 +259,9 @@ def sharing_ends(plan: QuantPlan, backend: Backend) -> set[str]:
     """Ends of the regions whose output shares its input's qparams."""
     sharing = {row.name for row in backend.rows if row.out is Out.SHARE}
     return {region.end for region in plan.regions if region.row in sharing}
+
+
+def averaging_ends(plan: QuantPlan, backend: Backend) -> set[str]:
+    """Ends of the regions that average, which computes values between the input's integers."""
+    averaging = {row.name for row in backend.rows if row.averages}
+    return {region.end for region in plan.regions if region.row in averaging}

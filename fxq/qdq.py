@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+_TIE = 4096.0  # of a step: what is nearer than half of it to a half is one
+
 _LIBRARY = torch.library.Library("fxq", "DEF")
 _LIBRARY.define(
     "quantize(Tensor x, float scale, int zero_point, int quant_min, int quant_max, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.define(
+    "quantize_average(Tensor x, float scale, int zero_point, int quant_min, int quant_max, ScalarType dtype) -> Tensor"
 )
 _LIBRARY.define("dequantize(Tensor q, float scale, int zero_point) -> Tensor")
 _LIBRARY.define("dequantize_channel(Tensor q, Tensor scale, Tensor zero_point, int axis) -> Tensor")
@@ -22,8 +27,19 @@ _LIBRARY.define("dequantize_channel(Tensor q, Tensor scale, Tensor zero_point, i
 def _quantize(
     x: torch.Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype
 ) -> torch.Tensor:
+    # As torch's own quantize, to the last bit: x / scale + zero_point is rounded to float32 once, then to an integer.
     # In place on a tensor of its own: for large activations, fresh memory costs more than the arithmetic.
-    return (x * (1.0 / scale)).round_().add_(zero_point).clamp_(quant_min, quant_max).to(dtype)
+    shifted = torch.add(x.new_full((), zero_point), x, alpha=1.0 / scale)
+    return shifted.round_().clamp_(quant_min, quant_max).to(dtype)
+
+
+def _quantize_average(
+    x: torch.Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype
+) -> torch.Tensor:
+    # Averages of integers are often half way between two. Kernels sum integers and round these to the even one; what
+    # float arithmetic makes of them is next to the half, on either side.
+    x = (x * (1.0 / scale)).mul_(_TIE).round_().div_(_TIE)
+    return x.round_().add_(zero_point).clamp_(quant_min, quant_max).to(dtype)
 
 
 def _dequantize(q: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
@@ -37,17 +53,19 @@ def _dequantize_channel(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.
 
 
 _LIBRARY.impl("quantize", _quantize, "CompositeImplicitAutograd")
+_LIBRARY.impl("quantize_average", _quantize_average, "CompositeImplicitAutograd")
 _LIBRARY.impl("dequantize", _dequantize, "CompositeImplicitAutograd")
 _LIBRARY.impl("dequantize_channel", _dequantize_channel, "CompositeImplicitAutograd")
 
 QUANTIZE = torch.ops.fxq.quantize.default
+QUANTIZE_AVERAGE = torch.ops.fxq.quantize_average.default
 DEQUANTIZE = torch.ops.fxq.dequantize.default
 DEQUANTIZE_CHANNEL = torch.ops.fxq.dequantize_channel.default
 
 
 def is_quantize(node: Node) -> bool:
     """Whether a node quantizes an activation."""
-    return node.op == "call_function" and node.target is QUANTIZE
+    return node.op == "call_function" and (node.target is QUANTIZE or node.target is QUANTIZE_AVERAGE)
 
 
 def is_dequantize(node: object) -> bool:

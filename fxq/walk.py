@@ -21,7 +21,7 @@ from fxq.graph_module import QuantModule
 from fxq.interpreter import graph_signature, plain
 from fxq.ops import LINEAR
 from fxq.partition import Inputs
-from fxq.qdq import QUANTIZE, is_dequantize, is_quantize
+from fxq.qdq import is_dequantize, is_quantize
 
 _PART = 1 << 16  # elements quantized or dequantized at a time
 
@@ -88,7 +88,7 @@ class Walk:
             return self._linear(node, node.args[1], batch)  # type: ignore[arg-type]
         args, kwargs = plain(fx.map_arg((node.args, node.kwargs), lambda source: self.value(source, batch)))
         if is_quantize(node):
-            return _quantize_in_parts(*args)
+            return _quantize_in_parts(node.target, *args)
         return getattr(self._interpreter, node.op)(node.target, args, kwargs)
 
     def _linear(self, layer: Node, weight: Node, batch: int) -> torch.Tensor:
@@ -119,11 +119,11 @@ def _linear_in_parts(
     return torch.cat(parts, -1)
 
 
-def _quantize_in_parts(x: torch.Tensor, *how: Any) -> torch.Tensor:
+def _quantize_in_parts(quantize: Any, x: torch.Tensor, *how: Any) -> torch.Tensor:
     """What quantize gives, whose temporaries would be as large as the layer's output beside it."""
     integers = torch.empty(x.numel(), dtype=how[-1])
     for part, result in zip(x.flatten().split(_PART), integers.split(_PART), strict=True):
-        result.copy_(QUANTIZE(part, *how))
+        result.copy_(quantize(part, *how))
     return integers.view(x.shape)
 
 

@@ -14,7 +14,7 @@ without weights gets a fine scale, so that its bias, which is all it has, is a w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch.fx import Node
@@ -32,10 +32,12 @@ _COARSEST = 0.5  # of a step: a unit of the sums beyond has few values on a step
 Groups = dict[int, QParams]
 
 
-def align_scales(module: QuantModule, plan: QuantPlan, ops: Dictionary, qparams: Groups) -> None:
-    """Change the scales of the plan's groups in ``qparams``, before tensors are quantized with them."""
+def align_scales(
+    module: QuantModule, plan: QuantPlan, ops: Dictionary, fixed: Collection[int], qparams: Groups
+) -> None:
+    """Change the scales of the plan's groups in ``qparams``, but for the ``fixed`` ones, before they are used."""
     nodes = {node.name: node for node in module.graph.nodes}
-    settled = set(plan.fixed) | {group for slot, group in plan.groups.items() if plan.specs[slot].pow2_scale}
+    settled = {*fixed, *plan.fixed} | {group for slot, group in plan.groups.items() if plan.specs[slot].pow2_scale}
     for kinds, align in (((ADD,), _align_sum), ((MUL, MATMUL), _align_product)):
         for region in plan.regions:
             if ops.op_of(nodes[region.nodes[0]]) in kinds:

@@ -8,7 +8,7 @@ classifier that ends in a global average would otherwise tie.
 from __future__ import annotations
 
 from fxq.graph_module import QuantModule
-from fxq.op_table import Backend, sharing_ends
+from fxq.op_table import Backend, averaging_ends, sharing_ends
 from fxq.pass_base import Pass
 from fxq.plan import AT_EXIT, QuantPlan
 
@@ -22,13 +22,12 @@ class FloatExits(Pass):
         self.backend = backend
 
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
-        averaging = {row.name for row in self.backend.rows if row.averages}
         region_of = {name: region for region in plan.regions for name in region.nodes}
-        sharing = sharing_ends(plan, self.backend)
+        sharing, averaging = sharing_ends(plan, self.backend), averaging_ends(plan, self.backend)
         leaves: set[str] = set()  # nodes whose values are moved about at most, and then leave int8
         for node in reversed(module.graph.nodes):
             if node.name in sharing and all(u.name in leaves or u.name not in region_of for u in node.users):
                 leaves.add(node.name)
-        dropped = [region for region in plan.regions if region.row in averaging and region.end in leaves]
+        dropped = [region for region in plan.regions if region.end in averaging & leaves]
         plan.make_float(dropped, AT_EXIT)
         return len(dropped)

@@ -14,12 +14,13 @@ from torch.fx import Node
 from fxq.graph_module import QuantModule, free_path, get_attribute, set_tensor
 from fxq.numerics import quantize
 from fxq.observers import Observer, settle_ranges
-from fxq.op_table import Backend, sharing_ends
+from fxq.op_table import Backend, averaging_ends, sharing_ends
 from fxq.ops import Dictionary
 from fxq.pass_base import Pass
+from fxq.passes.align_averages import align_averages
 from fxq.passes.align_scales import align_scales
 from fxq.plan import NEVER_OBSERVED, QuantPlan, Slot
-from fxq.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from fxq.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE, QUANTIZE_AVERAGE, is_quantize
 from fxq.slots import entry_points, replace_argument
 from fxq.spec import QParams
 
@@ -42,8 +43,10 @@ class ToReference(Pass):
             return 0
         qparams = self._collect(module, plan)
         _remove_observers(module, plan)
+        averages = averaging_ends(plan, self.backend)
         if self.align:
-            align_scales(module, plan, self.ops, qparams)
+            short = align_averages(module, plan, self.ops, averages, qparams)
+            align_scales(module, plan, self.ops, short, qparams)
         _drop_observer_modules(module, plan)  # what they counted makes room for the integers
         nodes = {node.name: node for node in module.graph.nodes}
         weights = {slot for region in plan.regions for slot in self._weight_slots(region.nodes[0], nodes)}
@@ -55,12 +58,12 @@ class ToReference(Pass):
                 _quantize_weight(points, qparams[group], module, plan, nodes, same_tensor)
             else:
                 for name, slots in points.items():
-                    _quantize_activation(nodes[name], slots, qparams[group], plan, nodes)
+                    _quantize_activation(nodes[name], slots, qparams[group], plan, nodes, averages)
             quantized += len(points)
         for name in shared:
             slot = Slot(name)
             if slot in plan.groups and not _is_quantized(nodes[name]):
-                _quantize_activation(nodes[name], [slot], qparams[plan.groups[slot]], plan, nodes)
+                _quantize_activation(nodes[name], [slot], qparams[plan.groups[slot]], plan, nodes, averages)
                 quantized += 1
         module.graph.eliminate_dead_code()
         return quantized
@@ -101,18 +104,24 @@ def _drop_observer_modules(module: QuantModule, plan: QuantPlan) -> None:
 
 
 def _is_quantized(node: Node) -> bool:
-    return len(node.users) == 1 and next(iter(node.users)).target is QUANTIZE
+    return len(node.users) == 1 and is_quantize(next(iter(node.users)))
 
 
 def _quantize_activation(
-    producer: Node, slots: list[Slot], qparams: QParams, plan: QuantPlan, nodes: dict[str, Node]
+    producer: Node,
+    slots: list[Slot],
+    qparams: QParams,
+    plan: QuantPlan,
+    nodes: dict[str, Node],
+    averages: set[str],
 ) -> None:
     spec = plan.specs[slots[0]]
     scale, zero_point = qparams.item()
     graph = producer.graph
     with graph.inserting_after(producer):
         args = (producer, scale, zero_point, spec.quant_min, spec.quant_max, spec.dtype)
-        q = graph.create_node("call_function", QUANTIZE, args, name=f"{producer.name}_q")
+        target = QUANTIZE_AVERAGE if producer.name in averages else QUANTIZE
+        q = graph.create_node("call_function", target, args, name=f"{producer.name}_q")
     with graph.inserting_after(q):
         dq = graph.create_node("call_function", DEQUANTIZE, (q, scale, zero_point), name=f"{producer.name}_dq")
     if producer.name in plan.facts:

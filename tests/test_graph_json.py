@@ -18,7 +18,7 @@ from test_serialization import HEADER, reference_of
 
 import fxq
 from fxq.errors import FileFormatError, FxqError
-from fxq.graph_json import _functions, decode_graph, encode_graph
+from fxq.graph_json import decode_graph, encode_graph
 from fxq.serialization import digest, with_header
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -324,14 +324,6 @@ def test_another_content(content: Any, honest: bytes, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     test_another_archive(buffer.getvalue(), honest, tmp_path)
-
-
-def test_what_a_file_may_call_runs_nothing_it_is_given() -> None:
-    """No function of the list is one that evaluates, imports, opens or calls by name."""
-    dangerous = {eval, exec, compile, open, __import__, setattr, delattr, vars, globals, operator.attrgetter}
-    functions = _functions()
-    assert not dangerous & set(functions.values())
-    assert not [name for name in functions if name.split(":")[1].startswith("_") and name != "torch:_assert"]
 
 
 def test_values_round_trip() -> None:
