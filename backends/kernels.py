@@ -377,7 +377,7 @@ def narrow_max_pool2d(
     torch's kernel vectorizes over the channels, and does one at a time what does not fill a vector. For the columns
     whole rows can be its channels.
     """
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if not x.numel() or not x.is_contiguous(memory_format=torch.channels_last):
         return torch.max_pool2d(x, size, stride, padding, dilation, ceil_mode)
     n, channels, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(n, height, 1, width * channels).permute(0, 3, 1, 2)

@@ -123,7 +123,7 @@ def quantize(
     else:
         inputs = as_inputs(example_inputs, model)
     if forward_fn is None:
-        calibration_data = understood(calibration_data, inputs)
+        calibration_data = understood(calibration_data, inputs, model)
     prepared = _prepare(model, inputs, backend, qconfig, exclude, preset, pow2_scales, borrow=True)
     samples = preset.correct_bias if not preset.frugal or regions_of(prepared).keys() == {""} else 0
     options: dict[str, Any] = {"samples": samples, "forward_fn": forward_fn, "progress": progress}

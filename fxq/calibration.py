@@ -27,6 +27,8 @@ from fxq.plan import Stage
 # Batches for which compiling a graph, which takes memory, does not pay.
 _INTERPRETED = 4
 
+_LABELS = frozenset({"label", "labels", "target", "targets"})
+
 ForwardFn = Callable[[nn.Module, Any], Any]
 
 
@@ -134,7 +136,8 @@ def model_inputs(batch: Any, parameters: list[inspect.Parameter]) -> tuple[tuple
 
     A tuple or list longer than the forward's parameters is ``(inputs..., labels...)``: what is too much is dropped. A
     dict is keyword inputs; keys the forward does not know are dropped, unless it takes any (``**kwargs``). A list of
-    tensors is a single input of a model that was prepared with one.
+    tensors is a single input of a model that was prepared with one. A member in the place of an optional parameter that
+    is named like a label, such as the ``targets`` of torchvision's detection models, is a label.
 
     Raises:
         CalibrationError: where the batch does not tell which of its members are labels.
@@ -156,6 +159,8 @@ def model_inputs(batch: Any, parameters: list[inspect.Parameter]) -> tuple[tuple
             f"a batch has {len(batch)} members, but the model's forward needs {required} inputs "
             f"({', '.join(names[:required])}); pass forward_fn=lambda model, batch: ..."
         )
+    if required < len(batch) and names[required:] and names[required] in _LABELS:
+        return tuple(batch[:required]), {}
     if required < len(batch) <= len(names):
         raise CalibrationError(
             f"cannot tell whether member {required + 1} of a batch is a label or the optional input "
@@ -196,23 +201,40 @@ def _may_be_one_input(batch: Any, parameters: list[inspect.Parameter]) -> bool:
     return required == 1 and is_one_list(((batch,), {})) and all(x.is_floating_point() and x.dim() > 1 for x in batch)
 
 
-class ListsAsInputs:
-    """Data in which each list of tensors is one input: a tuple of it, which means the same to every model."""
+class _Understood:
+    """Batches in a form that means the same to every model, whatever their example inputs were.
 
-    def __init__(self, data: Iterable[Any]) -> None:
-        self._data = data
+    A list that is one input becomes a tuple of it. Of a tuple the members that the example inputs have are kept: by
+    name, where more of them are given than forward requires.
+    """
+
+    def __init__(self, data: Iterable[Any], inputs: Inputs, model: nn.Module) -> None:
+        self._data, self._takes_list, self._count = data, is_one_list(inputs), 0 if inputs[1] else len(inputs[0])
+        parameters = inspect.signature(model.forward).parameters.values()
+        named = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        nameless = any(p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for p in parameters)
+        self._names = [] if nameless else [p.name for p in named]
+        self._required = sum(p.default is p.empty for p in named)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._data:
-            yield (batch,) if is_one_list(((batch,), {})) else batch
+        return map(self._meaning, self._data)
 
     def __len__(self) -> int:
         return len(self._data)  # type: ignore[arg-type]
 
+    def _meaning(self, batch: Any) -> Any:
+        if self._takes_list:
+            return (batch,) if is_one_list(((batch,), {})) else batch
+        most = min(len(batch), len(self._names)) if isinstance(batch, (tuple, list)) else 0
+        if not self._required <= self._count <= most:
+            return batch
+        given = batch[: self._count]
+        return tuple(given) if self._count == self._required else dict(zip(self._names, given, strict=False))
 
-def understood(data: Iterable[Any], inputs: Inputs) -> Iterable[Any]:
-    """Data in which lists mean what they mean in the example inputs."""
-    return ListsAsInputs(data) if is_one_list(inputs) else data
+
+def understood(data: Iterable[Any], inputs: Inputs, model: nn.Module) -> Iterable[Any]:
+    """Data whose batches mean to any model what they mean to one that gets these example inputs."""
+    return _Understood(data, inputs, model)
 
 
 def iterate(data: Iterable[Any]) -> Iterator[Any]:

@@ -116,7 +116,7 @@ def compare_records(
     else:
         given = as_inputs(example_inputs, model)
     if forward_fn is None:
-        batches = list(understood(batches, given))
+        batches = list(understood(batches, given, model))
     floats = _float_graphs(model, reference, given)
     weights_only, activations_only = _only_one(floats, reference)
     calls = region_inputs(floats, batches, samples=len(batches) * 2**31, forward_fn=forward_fn)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
+import types
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -59,15 +60,17 @@ def copy_structure(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _copy_attribute(value: Any, memo: dict[int, Any]) -> Any:
-    """Containers are copied, and what they hold of tensors, as recurrent layers keep them, and of modules, as models do
-    that call their parts in another order than they registered them.
+    """Containers are copied, and what they hold: tensors, as recurrent layers keep them; modules, as models do that
+    call their parts in another order than they registered them; methods of modules, as hooks often are.
     """
     if type(value) is list:
         return [_copy_item(item, memo) for item in value]
     if type(value) is tuple:
         return tuple(_copy_item(item, memo) for item in value)
-    if type(value) is dict:
-        return {key: _copy_item(item, memo) for key, item in value.items()}
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _copy_item(item, memo)) for key, item in value.items())
+    if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+        return types.MethodType(value.__func__, copy_structure(value.__self__, memo))
     return copy_container(value)
 
 

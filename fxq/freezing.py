@@ -18,7 +18,7 @@ from fxq.api import as_inputs
 from fxq.direct_kernels import DirectModel
 from fxq.engine import running
 from fxq.errors import BackendError, ConfigError, MissingDependencyError, StageError
-from fxq.graph_module import QuantModule, offer_descriptions, parameters_and_descriptions
+from fxq.graph_module import STANDS_FOR, QuantModule, offer_descriptions, parameters_and_descriptions
 from fxq.partition import Inputs, map_regions, region_inputs, regions_of
 from fxq.plan import Stage
 from fxq.timing import measure
@@ -47,6 +47,10 @@ class Frozen(nn.Module):
         self.form, (self._run, self._result) = _fastest(model, leaves, self._spec, form)
         offer_descriptions(self, model.plan)
         self.eval()
+
+    @property  # type: ignore[override]
+    def __class__(self) -> type:
+        return self._model[0].__class__ if "_model" in vars(self) and STANDS_FOR in self._model[0].meta else type(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = _flattened(args, kwargs)

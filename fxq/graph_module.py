@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from fxq.engine import running
 from fxq.errors import ConfigError, InputError, StageError
-from fxq.input_checks import explain_inputs, require_float32
+from fxq.input_checks import FIXED, REMEDY, explain_inputs, require_float32
 from fxq.lazy_code import TEXTS, Uncompiled
 from fxq.outside_reads import Described
 from fxq.pickling import Record, graph_of, records_of
@@ -24,10 +24,17 @@ from fxq.state import graph_qparams, misfit, set_state, split_state
 BACKEND = "fxq_backend"  # the table it was prepared or lowered for
 REFERENCE = "fxq_reference"  # of a lowered module: the reference graph it was lowered from
 ENGINES = "fxq_engines"  # of a lowered module: the engines chosen for single kernels, see fxq.tune
+STANDS_FOR = "fxq_stands_for"  # of a region: the class of the module in whose place it is
 
 
 class QuantModule(fx.GraphModule):
     """A traced model with its :class:`~fxq.plan.QuantPlan` in ``meta["fxq"]``; called like the model."""
+
+    @property  # type: ignore[override]
+    def __class__(self) -> type:
+        """For code around a region that asks with ``isinstance`` what it is: the class of the module it stands for."""
+        found: type = vars(self).get("meta", {}).get(STANDS_FOR, type(self))
+        return found
 
     @property
     def plan(self) -> QuantPlan:
@@ -58,6 +65,10 @@ class QuantModule(fx.GraphModule):
             self._require_sizes(args, kwargs)
             with running():
                 return super().__call__(*args, **kwargs)
+        except AssertionError as error:
+            if FIXED not in str(error):
+                raise
+            raise InputError(f"{error}; {REMEDY}") from error
         except (RuntimeError, TypeError, AttributeError) as error:
             explanation = explain_inputs(self.graph, self.plan, args, kwargs) if "fxq" in self.meta else None
             if explanation is None:

@@ -11,7 +11,8 @@ from torch import fx
 from fxq.errors import InputError
 from fxq.plan import QuantPlan, TensorFact
 
-_REMEDY = "quantize it with example inputs that are given as they are here"
+FIXED = "when the model was traced, and can have no other"  # of what the message of a traced assertion says
+REMEDY = "quantize it with example inputs that are given as they are here"
 
 
 def input_facts(graph: fx.Graph, plan: QuantPlan) -> dict[str, TensorFact | None]:
@@ -36,9 +37,9 @@ def explain_inputs(graph: fx.Graph, plan: QuantPlan, args: tuple[Any, ...], kwar
     given = dict(zip(facts, args, strict=False)) | dict(kwargs)
     for name, fact in facts.items():
         if fact is not None and given.get(name) is None:
-            return f"input '{name}' is not given, with which the model was traced; give it, or {_REMEDY}"
+            return f"input '{name}' is not given, with which the model was traced; give it, or {REMEDY}"
     if len(args) > len(facts) or not given.keys() <= facts.keys():
-        return f"the model was traced with {', '.join(facts)} and takes no other inputs; {_REMEDY}"
+        return f"the model was traced with {', '.join(facts)} and takes no other inputs; {REMEDY}"
     misfits = (_misfit(name, given[name], fact) for name, fact in facts.items() if fact is not None)
     return next(filter(None, misfits), None)
 

@@ -162,7 +162,9 @@ class Observer(torch.nn.Module):
                 with torch.no_grad():
                     self.statistics.update(x, 1 if self.spec.per_channel else sampling_step(x.numel()))
             except CalibrationError as error:
-                raise CalibrationError(f"{self.where}, batch {self.batches}: {error}") from error
+                raise CalibrationError(
+                    f"{self.where}, batch {self.batches}: {error}; look at what the model computes there, or exclude it"
+                ) from error
             # Past nn.Module.__setattr__, which costs as much as counting some thousand elements.
             self.__dict__["batches"] += 1
             self.__dict__["_range"] = None

@@ -9,6 +9,8 @@ module, which has other parts, while the code around it stays as it is. ``self.e
 from __future__ import annotations
 
 import copy
+import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ _MAKING = {
     _ATEN.full_like, _ATEN.ones_like, _ATEN.rand_like, _ATEN.randn_like, _ATEN.zeros_like,
 }  # fmt: skip
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_MISSING = object()
 _OF_CONTAINERS = ("__getitem__", "__iter__", "__len__")
 _TAKING_TYPE = {_ATEN.to, _ATEN.type_as}  # of their second argument; only in inference mode do they get here
 
@@ -188,6 +192,13 @@ class _Chains:
         elif not any(around in running for around in through):
             self.reads.parts.update(through)
 
+    def keep(self, path: str, value: Any, before: Any) -> None:
+        """Note that an attribute was read that a module keeps: a number or name that stays the same leaves it free to
+        become part of a region, which offers it, too.
+        """
+        if not is_plain(value) or not is_plain(before) or value != before:
+            self.reads.parts.add(path)
+
     def end(self) -> None:
         """What a chain ends with, other than with a tensor or a number, may be used in any way."""
         if self.reached is not None:
@@ -199,15 +210,19 @@ class _Chains:
 def watching_reads(model: nn.Module) -> Iterator[Reads]:
     """While open, collects what is read of modules while they do not run."""
     paths = {id(module): path for path, module in model.named_modules()}
+    before = {id(module): dict(vars(module)) for module in model.modules()}
     found = Reads()
     chains = _Chains(found)
     running: list[int] = []
-    original = nn.Module.__getattr__
-    original_list = nn.Module.named_parameters
+    original, original_set = nn.Module.__getattr__, nn.Module.__setattr__
+    original_list, original_modules = nn.Module.named_parameters, nn.Module.named_modules
+
+    def is_outside(module: nn.Module) -> bool:
+        return bool(running) and id(module) in paths and id(module) not in running
 
     def read(module: nn.Module, name: str) -> Any:
         value = original(module, name)
-        if running and id(module) in paths and id(module) not in running:
+        if is_outside(module):
             return chains.read(module, paths[id(module)], name, value)
         return value
 
@@ -215,7 +230,14 @@ def watching_reads(model: nn.Module) -> Iterator[Reads]:
         value = object.__getattribute__(module, name)
         if module is chains.reached or id(module) in chains.asked:
             chains.ask(module, paths[id(module)], name, value, {paths[part] for part in running})
+        elif name[0] != "_" and is_outside(module) and name in object.__getattribute__(module, "__dict__"):
+            chains.keep(paths[id(module)], value, before[id(module)].get(name, _MISSING))
         return value
+
+    def put(module: nn.Module, name: str, value: Any) -> None:
+        if is_outside(module):
+            found.parts.add(paths[id(module)])
+        original_set(module, name, value)
 
     def named_parameters(
         module: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -234,11 +256,20 @@ def watching_reads(model: nn.Module) -> Iterator[Reads]:
 
     def watched(original: Callable[..., Any]) -> Callable[..., Any]:
         def take_apart(module: nn.Sequential, *args: Any) -> Any:
-            if running and id(module) in paths and id(module) not in running:
+            if is_outside(module):
                 chains.take_apart(module, paths[id(module)])
             return original(module, *args)
 
         return take_apart
+
+    def listing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def list_all(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if running and id(module) in paths and not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
+                inside = [part for _, part in original_modules(module) if part is not module and part._modules]
+                found.parts.update(paths[id(part)] for part in inside if id(part) in paths)
+            return original(module, *args, **kwargs)
+
+        return list_all
 
     def enter(module: nn.Module, _: Any) -> None:
         if module is chains.reached:
@@ -255,6 +286,9 @@ def watching_reads(model: nn.Module) -> Iterator[Reads]:
     patches: list[tuple[type[nn.Module], str, Callable[..., Any]]] = [
         (nn.Module, "__getattr__", read),
         (nn.Module, "__getattribute__", get),
+        (nn.Module, "__setattr__", put),
+        (nn.Module, "named_modules", listing(original_modules)),
+        (nn.Module, "modules", listing(nn.Module.modules)),
         (nn.Module, "named_parameters", named_parameters),
         *((nn.Sequential, name, watched(getattr(nn.Sequential, name))) for name in _OF_CONTAINERS),
     ]

@@ -22,14 +22,15 @@ from torch import nn
 
 from fxq.copying import borrowed, copy_inputs, copy_structure, give_back, only_read, only_reads, replace_listed
 from fxq.errors import ConfigError, FxqError, InputError, StageError, TraceError
-from fxq.graph_module import REFERENCE, QuantModule, get_attribute, list_descriptions
+from fxq.graph_module import REFERENCE, STANDS_FOR, QuantModule, get_attribute, list_descriptions
 from fxq.macs import counting
 from fxq.outside_reads import Reads, is_plain, watching_reads
 from fxq.plan import EXCLUDED, Stage, TensorFact
-from fxq.tracing import seems_traceable
+from fxq.tracing import SWITCHES, seems_traceable
 from fxq.write_guard import WriteGuard, WriteRefused
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+Calls = dict[Any, Inputs]  # by the way a module is called
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Recording:
     """What a run on the example inputs tells of the submodules, by path.
 
     Attributes:
-        seen: inputs of the first call of each submodule with weights; of those inside a submodule that seems to become
-            a region as a whole, only where they are called from outside it.
+        seen: inputs of the first call of each way in which each submodule with weights is called (:func:`_way`); of
+            those inside a submodule that seems to become a region as a whole, only where they are called from outside.
         macs: multiply-accumulates of convs and linears.
         optional: the parameters of a class's forward that were a tensor in some calls, of any module of the class.
         reads: what code outside submodules reads of them.
     """
 
-    seen: dict[str, Inputs] = field(default_factory=dict)
+    seen: dict[str, Calls] = field(default_factory=dict)
     macs: Mapping[str, int] = field(default_factory=dict)
     optional: dict[type[nn.Module], set[str]] = field(default_factory=dict)
     reads: Reads = field(default_factory=Reads)
@@ -219,6 +220,7 @@ def replace_regions(
             raise ConfigError(f"the given model has no module '{path}'") from None
         if type(module).__name__ != region.plan.model:
             raise ConfigError(f"'{path}' is a {type(module).__name__} of the given model, not a {region.plan.model}")
+        region.meta[STANDS_FOR] = type(module)
         replaced[id(module)] = region
     clone = copy_structure(model, replaced).eval()
     state = state_outside(clone)
@@ -319,7 +321,7 @@ def runs(model: nn.Module, inputs: Inputs) -> bool:
 @contextmanager
 def recording(model: nn.Module, untraceable: Iterable[nn.Module] = ()) -> Iterator[Recording]:
     """While open, records what the submodules do; of some it is known that they cannot be traced as a whole."""
-    seen: dict[str, Inputs] = {}
+    seen: dict[str, Calls] = {}
     optional: dict[type[nn.Module], set[str]] = {}
     handles = []
     whole = _seem_whole(model, {id(module) for module in untraceable})
@@ -329,8 +331,9 @@ def recording(model: nn.Module, untraceable: Iterable[nn.Module] = ()) -> Iterat
             continue
 
         def record(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
-            if path not in seen and not any(id(called) in parts for parts in running):
-                seen[path] = copy_inputs((args, kwargs))
+            way = _way(called, (args, kwargs))
+            if way not in seen.get(path, ()) and not any(id(called) in parts for parts in running):
+                seen.setdefault(path, {})[way] = copy_inputs((args, kwargs))
                 optional.setdefault(type(called), set()).update(_optional(called, (args, kwargs), torch.Tensor))
             if id(called) in whole:
                 running.append(whole[id(called)])
@@ -347,6 +350,26 @@ def recording(model: nn.Module, untraceable: Iterable[nn.Module] = ()) -> Iterat
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _way(module: nn.Module, inputs: Inputs) -> Any:
+    """What a graph fixes when it is traced: which inputs are given, and the values of switches among them."""
+    try:
+        bound = inspect.signature(module.forward).bind(*inputs[0], **inputs[1])
+    except (TypeError, ValueError):  # the call fails, or the signature is unknown
+        return _fixed(inputs)
+    bound.apply_defaults()
+    return _fixed(tuple(bound.arguments.values()))
+
+
+def _fixed(value: Any) -> Any:
+    if isinstance(value, SWITCHES):
+        return value
+    if isinstance(value, tuple):
+        return tuple(map(_fixed, value))
+    if isinstance(value, Mapping):
+        return frozenset((str(name), _fixed(item)) for name, item in value.items())
+    return type(value)
 
 
 def _optional(module: nn.Module, inputs: Inputs, kind: type) -> set[str]:
@@ -451,24 +474,26 @@ class _Search:
 
     def _child(self, child: nn.Module, path: str) -> bool:
         self.done[id(child)] = child, None
-        inputs = self.seen.pop(self.first_path[id(child)], None)  # which are many activations: no longer than needed
+        calls = self.seen.pop(self.first_path[id(child)], {})  # which are many activations: no longer than needed
+        inputs = next(iter(calls.values()), None)
         if self.first_path[id(child)] in self.reads.parts:
             self.left[path] = "code outside it reads its tensors or submodules"
         elif inputs is None and not self._runs_in_part(child):
             self.left[path] = "the example inputs do not reach it"
             return False
+        elif len(calls) > 1:
+            self.left[path] = "it is called in several ways (with other switches, or inputs left out), a graph in one"
         elif inputs is not None:
             if self._is_called_otherwise(child, inputs):
-                self._look_inside(child, inputs)
+                self._look_inside(child, calls)
                 if self.inside(child, path):
                     return True
             if self._becomes_region(child, path, inputs):
                 return True
             if isinstance(child, _READ_THEIR_PARTS):
                 return False
-        if inputs is not None:
-            self._look_inside(child, inputs)
-        del inputs
+        self._look_inside(child, calls)
+        del inputs, calls
         found = self.inside(child, path)
         if found:
             self.left.pop(path, None)  # its parts are regions
@@ -488,6 +513,7 @@ class _Search:
         except TraceError as error:
             self.left[path] = error.statement
             return False
+        region.meta[STANDS_FOR] = type(child)
         region.plan.attributes.update(_plain_attributes(child) | self._asked(child))
         region.plan.described.update(self._described(child))
         region.offer_descriptions()
@@ -511,14 +537,16 @@ class _Search:
     def _runs_in_part(self, *modules: nn.Module) -> bool:
         return any(self.first_path.get(id(part)) in self.reached for module in modules for part in module.modules())
 
-    def _look_inside(self, module: nn.Module, inputs: Inputs) -> None:
+    def _look_inside(self, module: nn.Module, calls: Calls) -> None:
         """Record what the parts of a module get, if it seemed to become a region, for then it was not recorded."""
         if all(map(self._runs_in_part, filter(_has_weights, module.children()))):
             return
-        with suppress(InputError):
-            for path, given in _recorded(module, inputs).seen.items():
-                self.seen.setdefault(self.first_path.get(id(module.get_submodule(path)), path), given)
-            self.reached |= self.seen.keys()
+        for inputs in calls.values():
+            with suppress(InputError):
+                for path, given in _recorded(module, inputs).seen.items():
+                    known = self.seen.setdefault(self.first_path.get(id(module.get_submodule(path)), path), {})
+                    known.update({way: one for way, one in given.items() if way not in known})
+        self.reached |= self.seen.keys()
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -68,6 +68,8 @@ JOINED = Reason("residual", "joins tokens for layer_norm whose ranges differ too
 RESIDUAL = Reason("residual", "a sum that layer_norm reads, whose channels differ too much for 8 bits")
 INPLACE = Reason("in-place", "part of an update in place")
 SENSITIVE = Reason("sensitive", "kept float for accuracy")
+UNBOUNDED = Reason("unbounded", "has values that no scale holds, as masks do")
+RECURRENT = Reason("recurrent", "rounds its state again at each step, which is left to dynamic quantization")
 MIXED_QPARAMS = Reason("mixed-qparams", "its int8 kernel cannot change scale and zero_point")
 
 
@@ -214,6 +216,7 @@ class QuantPlan:
         origins: module path and spelling of each node in the user's model.
         facts: shape and dtype of each tensor node.
         containers: nodes whose value is a tuple, list or dict of tensors.
+        unbounded: tensors with infinite or huge values, as masks have, with the example inputs; not kept in files.
         kernels: for lowered graphs, how each node runs.
         fusions: log for the fusion table.
         notes: what the summary says about choices that hold for the whole model.
@@ -242,6 +245,7 @@ class QuantPlan:
     origins: dict[str, Origin] = field(default_factory=dict)
     facts: dict[str, TensorFact] = field(default_factory=dict)
     containers: set[str] = field(default_factory=set)
+    unbounded: set[str] = field(default_factory=set)
     kernels: dict[str, Kernel] = field(default_factory=dict)
     fusions: list[Fusion] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -202,6 +202,8 @@ def _prepare_region(
             passes(module)
     else:
         passes(module)
+    for observer in map(module.get_submodule, plan.observers.values()) if path else ():
+        observer.where = f"{observer.where} of the part '{path}'"
     if training:
         plan.properties.add(TRAINABLE)
     plan.stage = Stage.PREPARED

@@ -97,7 +97,7 @@ def sensitivity_records(
         args, kwargs = example_inputs_of(model, batches[0], forward_fn)
         example_inputs = args or kwargs
     if forward_fn is None:
-        batches = list(understood(batches, as_inputs(example_inputs, model)))
+        batches = list(understood(batches, as_inputs(example_inputs, model), model))
     prepared = prepare(
         model, example_inputs, backend=backend, qconfig=qconfig, exclude=exclude, calibration=calibration
     )

@@ -23,6 +23,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
 from fxq.config import qualified_name
@@ -37,6 +40,7 @@ from fxq.copying import (
 )
 from fxq.errors import StageError, TraceError
 from fxq.graph_module import QuantModule, get_attribute, set_tensor
+from fxq.input_checks import FIXED
 from fxq.torch_transformer import LAYERS, traceable_transformers
 from fxq.training_mode import mode_flags
 
@@ -154,7 +158,7 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     _record_augmented(_name)
 
 
-_SWITCHES = (bool, str, type(None))  # what branches are taken by
+SWITCHES = (bool, str, type(None))  # what branches are taken by
 
 # Functions that torchvision keeps torch.fx out of and that consist of operations fxq knows; by their names, so that
 # torchvision need not be installed.
@@ -200,7 +204,7 @@ class Tracer(fx.Tracer):
         no defaults beside, and one for each of the inputs that ``*args`` takes.
         """
         self.graph._graph_namespace.create_name("self", None)  # which a module of that name would shadow
-        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        parameters = list(inspect.signature(self.root.forward).parameters.values())
         positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
         if rest is not None:
@@ -219,7 +223,10 @@ class Tracer(fx.Tracer):
             values[name] = self._placeholder(more, given)
         last = max((at for at, p in enumerate(positional) if p.kind is p.POSITIONAL_ONLY), default=-1)
         by_position = [values.pop(parameter.name) for parameter in positional[: last + 1]]
-        return functools.partial(root_fn, self.root, *by_position, **values), []
+        # hooks, and a forward of its own, are traced as those of modules inside are
+        own = self.root._forward_pre_hooks or self.root._forward_hooks or "forward" in vars(self.root)
+        call = self.root._call_impl if own else functools.partial(root_fn, self.root)
+        return functools.partial(call, *by_position, **values), []
 
     def _placeholder(self, parameter: inspect.Parameter, given: Mapping[str, Any]) -> Any:
         """What forward is traced with for a parameter: a proxy, or a switch, which callers cannot change later."""
@@ -230,19 +237,19 @@ class Tracer(fx.Tracer):
         value = given.get(name, default)
         if self.unroll and _is_list_of_tensors(value):
             return self._members(proxy, value)
-        if name in given and not isinstance(value, _SWITCHES):
+        if name in given and not isinstance(value, SWITCHES):
             return proxy
-        message = f"{name} was {value!r} when the model was traced, and can have no other value"
+        message = f"{name} was {value!r} {FIXED} value"
         if value is None:
             # Not torch.fx's own check, which later passes would drop, for its result is unread.
             torch._assert(self.create_proxy("call_function", operator.is_, (proxy, None), {}), message)
-        elif isinstance(value, (*_SWITCHES, int, float, tuple, list)):
+        elif isinstance(value, (*SWITCHES, int, float, tuple, list)):
             torch._assert(operator.eq(proxy, value), message)
         return value
 
     def _members(self, proxy: fx.Proxy, value: list[Any]) -> list[fx.Proxy]:
         length = self.create_proxy("call_function", len, (proxy,), {})
-        message = f"{proxy.node.target} had {len(value)} members when the model was traced, and can have no others"
+        message = f"{proxy.node.target} had {len(value)} members {FIXED}s"
         torch._assert(operator.eq(length, len(value)), message)
         return [operator.getitem(proxy, number) for number in range(len(value))]
 
@@ -421,6 +428,8 @@ def _left_as_it_is(model: nn.Module) -> Iterator[Callable[[], None]]:
         module.__dict__["_buffers"] = {
             name: t if t is None else copy_tensor(t, copies) for name, t in module._buffers.items()
         }
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            hooks.update({key: _returning(hook) for key, hook in hooks.items() if not _of_torch(hook)})
 
     def put_back() -> None:
         for module, attributes in before:
@@ -434,6 +443,25 @@ def _left_as_it_is(model: nn.Module) -> Iterator[Callable[[], None]]:
             for name in vars(module).keys() - attributes.keys():
                 del module.__dict__[name]
             module.__dict__.update(attributes)  # cleared before, it would need twice the memory from now on
+
+
+def _returning(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward hook while it is traced: one that returns nothing is there for what else it does, which a graph would
+    not do.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = hook(*args, **kwargs)
+        if result is None:
+            raise TypeError("a forward hook returns nothing, and so does more than a graph can")
+        return result
+
+    return call
+
+
+def _of_torch(hook: Any) -> bool:
+    """Whether a hook computes a weight, as those of older torch versions do: it sets it and returns nothing."""
+    return isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm))
 
 
 def require_eval(model: nn.Module) -> None:

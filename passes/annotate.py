@@ -6,6 +6,7 @@ to float, again with a reason).
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch.fx import Node
 
 from fxq.config import QConfig, ResolvedConfig
@@ -15,9 +16,11 @@ from fxq.op_table import Backend, Fixed, OpRow, Out, Weights
 from fxq.ops import Dictionary
 from fxq.pass_base import Pass
 from fxq.plan import (
+    ATTENTION,
     DYNAMIC_WEIGHT,
     EXCLUDED,
     NOT_FLOAT32,
+    UNBOUNDED,
     UNKNOWN_OP,
     WEIGHT_AFFINE,
     Decision,
@@ -79,6 +82,8 @@ class Annotate(Pass):
                 return float_decision(decision.reason, f"part of {producer.name}")
         if not inputs or not all(self._is_float32(producer, plan) for _, producer in inputs):
             return float_decision(NOT_FLOAT32)
+        if op.weight is None and plan.unbounded.intersection((node.name, *(producer.name for _, producer in inputs))):
+            return float_decision(UNBOUNDED)
         qconfig = self._qconfig(node, plan)
         if qconfig is None:
             return float_decision(EXCLUDED)
@@ -161,5 +166,7 @@ def _decide_unknown(node: Node, plan: QuantPlan) -> Decision:
     reads_float = any(plan.facts[n.name].is_float32 for n in node.all_input_nodes if n.name in plan.facts)
     makes_tensors = fact is not None or node.name in plan.containers
     if makes_tensors and (reads_float or (fact is not None and fact.is_float32)):
+        if node.target is F.scaled_dot_product_attention:
+            return float_decision(ATTENTION)
         return float_decision(UNKNOWN_OP, plan.origin(node.name).kind)
     return Decision(Status.SHAPE_ONLY)

@@ -64,7 +64,7 @@ class InsertObservers(Pass):
         constant = all(nodes[name].op == "get_attr" for name in points)
         sources = [get_attribute(module, str(nodes[name].target)) for name in points] if constant else []
         observer = self.observer(spec, group, sources, plan)
-        observer.where = " or ".join(plan.where(name) for name in points)
+        observer.where = " or ".join(_where(nodes[name], plan) for name in points)
         module.add_submodule(path, observer)
         plan.observers[group] = path
         if sources:
@@ -78,3 +78,10 @@ class InsertObservers(Pass):
             else:
                 for slot in slots:
                     replace_argument(nodes[slot.node], slot.path, call)
+
+
+def _where(node: Node, plan: QuantPlan) -> str:
+    """A tensor in the user's terms."""
+    if node.op == "get_attr":
+        return f"'{node.target}'"
+    return f"input '{node.target}'" if node.op == "placeholder" else plan.where(node.name)

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from fxq.aliases import reads_shape
 from fxq.engine import require_engine
-from fxq.graph_module import BACKEND, ENGINES, REFERENCE, QuantModule, get_attribute, set_tensor
+from fxq.graph_module import BACKEND, ENGINES, REFERENCE, STANDS_FOR, QuantModule, get_attribute, set_tensor
 from fxq.int_views import as_quantized, as_uint8
 from fxq.matcher import Match
 from fxq.numerics import dequantize
@@ -26,6 +26,7 @@ from fxq.op_table import Backend, Out, OutQuant
 from fxq.ops import Dictionary
 from fxq.passes.emission import KernelEmission
 from fxq.passes.find_kernels import KernelFinder, int_weight, output_quant
+from fxq.passes.restore_layouts import restore_layouts
 from fxq.plan import Decision, Kernel, QuantPlan, Stage, Status, float_decision
 from fxq.qdq import is_dequantize, is_quantize
 
@@ -273,6 +274,7 @@ class Lowering:
         order = {node: position for position, node in enumerate(self.graph.nodes)}
         for kernel, operand in self.overwritten:
             self._protect(kernel, operand, order)
+        restore_layouts(self.module, self.graph, self.plan, self.ops)
         lowered = QuantModule(self.module, self.graph, type(self.reference).__name__)
         self.plan.fusions = list(self.old.fusions)
         self.plan.notes = list(self.old.notes)
@@ -284,6 +286,8 @@ class Lowering:
         lowered.meta["fxq"] = self.plan
         lowered.meta[REFERENCE], lowered.meta[BACKEND] = self.reference, self.backend
         lowered.meta[ENGINES] = dict(self.engines)
+        if STANDS_FOR in self.reference.meta:
+            lowered.meta[STANDS_FOR] = self.reference.meta[STANDS_FOR]
         lowered.offer_descriptions()
         lowered.graph.lint()
         self.plan.check(lowered.graph)

@@ -6,6 +6,7 @@ work of a forward pass is spared.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,10 @@ _SHAPED = frozenset({
     getattr, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.eq, torch._assert,
     multihead_attention, window_attention, "size", "dim", "expand",
 })  # fmt: skip
+
+
+_LARGEST = 1e8
+_HIDDEN = -1e3
 
 
 class RecordFacts(Pass):
@@ -64,6 +69,7 @@ class RecordFacts(Pass):
         plan = recorder.plan
         plan.facts.clear()
         plan.containers.clear()
+        plan.unbounded.clear()
         plan.macs.clear()
         placeholders = [node for node in recorder.graph.nodes if node.op == "placeholder"]
         args, kwargs = copy_inputs((self.args, self.kwargs), own=True)
@@ -96,9 +102,16 @@ class _Recorder(Interpreter):
         self._record_macs(n, value)
         if isinstance(value, torch.Tensor):
             self.plan.facts[n.name] = TensorFact(tuple(value.shape), value.dtype)
+            if self._may_be_mask(n) and _is_unbounded(value):
+                self.plan.unbounded.add(n.name)
         elif _holds_tensors(value):
             self.plan.containers.add(n.name)
         return value
+
+    def _may_be_mask(self, node: Node) -> bool:
+        """Whether a tensor is none that layers compute, or is computed of a mask."""
+        unbounded = any(source.name in self.plan.unbounded for source in node.all_input_nodes)
+        return unbounded or self.ops.op_of(node) is None
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with counting(self.fetch_attr(target)) as macs:
@@ -142,6 +155,16 @@ def _one_channel(op: Op, args: tuple[Any, ...]) -> torch.Tensor:
     given[op.index("bias")] = None if bias is None else bias[::each]
     channels: torch.Tensor = op.target(*given)
     return channels.repeat_interleave(each, -1 if op is LINEAR else 1 - weight.dim())
+
+
+def _is_unbounded(value: torch.Tensor) -> bool:
+    """Whether values are -inf, too large for a step next to which others count, or such as are added to hide others."""
+    if not value.is_floating_point() or not value.numel():
+        return False
+    low, high = (float(extreme) for extreme in torch.aminmax(value))
+    if low == -math.inf or max(-low, min(high, _LARGEST)) >= _LARGEST:
+        return True
+    return low <= _HIDDEN and bool(((value == 0) | (value == low)).all())
 
 
 def _holds_tensors(value: Any) -> bool:
