@@ -262,14 +262,14 @@ def watching_reads(model: nn.Module) -> Iterator[Reads]:
 
         return take_apart
 
-    def listing(original: Callable[..., Any]) -> Callable[..., Any]:
-        def list_all(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def listing(original: Callable[..., Any], deep: bool) -> Callable[..., Any]:
+        def list_parts(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if running and id(module) in paths and not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
-                inside = [part for _, part in original_modules(module) if part is not module and part._modules]
-                found.parts.update(paths[id(part)] for part in inside if id(part) in paths)
+                listed = [part for _, part in original_modules(module) if part._modules] if deep else [module]
+                found.parts.update(paths[id(part)] for part in listed if is_outside(part))
             return original(module, *args, **kwargs)
 
-        return list_all
+        return list_parts
 
     def enter(module: nn.Module, _: Any) -> None:
         if module is chains.reached:
@@ -287,8 +287,10 @@ def watching_reads(model: nn.Module) -> Iterator[Reads]:
         (nn.Module, "__getattr__", read),
         (nn.Module, "__getattribute__", get),
         (nn.Module, "__setattr__", put),
-        (nn.Module, "named_modules", listing(original_modules)),
-        (nn.Module, "modules", listing(nn.Module.modules)),
+        (nn.Module, "named_modules", listing(original_modules, deep=True)),
+        (nn.Module, "modules", listing(nn.Module.modules, deep=True)),
+        (nn.Module, "named_children", listing(nn.Module.named_children, deep=False)),
+        (nn.Module, "children", listing(nn.Module.children, deep=False)),
         (nn.Module, "named_parameters", named_parameters),
         *((nn.Sequential, name, watched(getattr(nn.Sequential, name))) for name in _OF_CONTAINERS),
     ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -561,7 +562,9 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     for cls in reversed([cls for cls in type(module).__mro__ if cls not in nn.Module.__mro__]):
         for name, value in vars(cls).items():
             if isinstance(value, property):
-                with suppress(Exception):  # a property that fails here is one that nobody reads
+                # one that fails here is one that nobody reads, and one that warns of itself is none of the user's doing
+                with suppress(Exception), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
                     value = getattr(module, name)
             values[name] = value
     return {

@@ -68,6 +68,7 @@ JOINED = Reason("residual", "joins tokens for layer_norm whose ranges differ too
 RESIDUAL = Reason("residual", "a sum that layer_norm reads, whose channels differ too much for 8 bits")
 INPLACE = Reason("in-place", "part of an update in place")
 SENSITIVE = Reason("sensitive", "kept float for accuracy")
+COORDINATES = Reason("coordinates", "positions to sample at need more than 8 bits")
 UNBOUNDED = Reason("unbounded", "has values that no scale holds, as masks do")
 RECURRENT = Reason("recurrent", "rounds its state again at each step, which is left to dynamic quantization")
 MIXED_QPARAMS = Reason("mixed-qparams", "its int8 kernel cannot change scale and zero_point")

@@ -28,6 +28,7 @@ from fxq.passes.equalize import Equalize
 from fxq.passes.expose_projections import ExposeProjections
 from fxq.passes.finish_training import TRAINABLE
 from fxq.passes.float_attention import FloatAttention
+from fxq.passes.float_coordinates import FloatCoordinates
 from fxq.passes.float_exits import FloatExits
 from fxq.passes.float_residuals import FloatResiduals
 from fxq.passes.fold_batchnorm import FoldBatchNorm
@@ -68,6 +69,7 @@ def prepare_passes(
         Annotate(table, config, ops),
         FloatAttention(table, ops),
         FloatResiduals(table, ops),
+        FloatCoordinates(table, ops),
         FloatExits(table),
         DropIslands(table),
         ShareQParams(table, ops),
@@ -100,6 +102,7 @@ def prepare_training_passes(table: Backend, config: ResolvedConfig, inputs: Inpu
         Annotate(table, config, ops),
         FloatAttention(table, ops),
         FloatResiduals(table, ops),
+        FloatCoordinates(table, ops),
         FloatExits(table),
         DropIslands(table),
         ShareQParams(table, ops),

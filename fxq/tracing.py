@@ -429,7 +429,7 @@ def _left_as_it_is(model: nn.Module) -> Iterator[Callable[[], None]]:
             name: t if t is None else copy_tensor(t, copies) for name, t in module._buffers.items()
         }
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            hooks.update({key: _returning(hook) for key, hook in hooks.items() if not _of_torch(hook)})
+            hooks.update({key: _returning(hook) for key, hook in hooks.items() if not _is_traced(hook)})
 
     def put_back() -> None:
         for module, attributes in before:
@@ -459,9 +459,12 @@ def _returning(hook: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _of_torch(hook: Any) -> bool:
-    """Whether a hook computes a weight, as those of older torch versions do: it sets it and returns nothing."""
-    return isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm))
+def _is_traced(hook: Any) -> bool:
+    """Whether what a hook does is part of a traced forward though it returns nothing: those of older torch versions set
+    a weight that they compute, those of transformers collect outputs for the forward around them.
+    """
+    collects = (getattr(hook, "__module__", None) or "").startswith("transformers.")
+    return collects or isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm))
 
 
 def require_eval(model: nn.Module) -> None:

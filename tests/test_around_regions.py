@@ -212,15 +212,22 @@ def counts(model, x):
     return model.block(x) * sum(isinstance(part, nn.Linear) for part in model.modules())
 
 
+def walks(model, x):
+    for _, layer in model.block.named_children():
+        x = layer(x)
+    return x
+
+
 @pytest.mark.parametrize(
     "use",
     [
         sets_factor,
+        walks,
         lambda m, x: (m.block(x), m.block.last),
         lambda m, x: m.block(x) * m.block.settings["factor"],
         counts,
     ],
-    ids=["set", "kept", "settings", "modules"],
+    ids=["set", "children", "kept", "settings", "modules"],
 )
 def test_a_part_whose_state_code_outside_uses_is_looked_into(use):
     model = Around(use)
