@@ -25,6 +25,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
+from fxq.compiled import SCRIPTED
 from fxq.config import qualified_name
 from fxq.copying import (
     READING_FUNCTIONS,
@@ -263,6 +264,8 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if self._has_assigned(module_qualified_name):
             return False
+        if isinstance(m, torch.jit.ScriptModule):
+            return True
         return type(m) not in LAYERS and super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
@@ -361,6 +364,8 @@ def trace(
         StageError: if a module is in training mode.
         TraceError: if the model's own forward cannot be traced.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(f"the {model.original_name} cannot be traced with torch.fx: {SCRIPTED}", SCRIPTED)
     if not follow_mode:
         require_eval(model)
     modes = mode_flags(model) if follow_mode else contextlib.nullcontext()
@@ -446,6 +451,8 @@ def require_eval(model: nn.Module) -> None:
 
 def seems_traceable(module: nn.Module) -> bool:
     """Whether a module's own forward can be traced when it is given just what it requires, without running it."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     parameters = inspect.signature(module.forward).parameters.values()
     required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     with _ONE_AT_A_TIME, _left_as_it_is(module), traceable_transformers():

@@ -25,7 +25,17 @@ from fxq.config import qualified_name
 from fxq.graph_module import QuantModule, get_attribute, set_tensor
 from fxq.ops import CONVS, REQUIRED, Dictionary, Op, Signature, Spelling
 from fxq.pass_base import Pass
-from fxq.plan import INPLACE, OWN_FORWARD, UNKNOWN_OP, UNTRACEABLE, Decision, Origin, QuantPlan, float_decision
+from fxq.plan import (
+    INPLACE,
+    OWN_FORWARD,
+    TORCHSCRIPT,
+    UNKNOWN_OP,
+    UNTRACEABLE,
+    Decision,
+    Origin,
+    QuantPlan,
+    float_decision,
+)
 
 # Hooks of older torch versions that compute a weight before each forward; it is constant in eval mode.
 WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
@@ -179,6 +189,8 @@ def _why_left(node: Node, module: QuantModule, plan: QuantPlan, ops: Dictionary)
     if str(node.target) in plan.untraceable:
         return float_decision(UNTRACEABLE, plan.untraceable[str(node.target)])
     leaf = module.get_submodule(str(node.target))
+    if isinstance(leaf, torch.jit.ScriptModule):
+        return float_decision(TORCHSCRIPT)
     if _hooked(leaf):
         return float_decision(OWN_FORWARD, "it has forward hooks")
     if any(ops.spelled(cls) for cls in type(leaf).__mro__):
