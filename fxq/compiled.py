@@ -16,7 +16,7 @@ def compiled_from(module: nn.Module) -> nn.Module:
     maker = sys.modules.get("torch._dynamo.eval_frame")  # takes seconds to import, and nothing is compiled without it
     if maker is None or not isinstance(module, maker.OptimizedModule):
         return module
-    return module.get_submodule("_orig_mod")
+    return nn.Module.get_submodule(module, "_orig_mod")
 
 
 def python_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

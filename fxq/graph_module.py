@@ -109,6 +109,7 @@ class QuantModule(fx.GraphModule):
         memo.update({id(buffer): buffer for buffer in buffers if buffer.is_mkldnn})
         clone = super().__deepcopy__(memo)
         assert isinstance(clone, QuantModule)
+        clone.offer_descriptions()  # torch.fx copies no attributes that it does not know
         return clone
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -601,6 +601,16 @@ def test_what_code_outside_reads_is_no_region():
         assert sqnr(model(x), quantized(x)) > 25
 
 
+class AsksOneLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = conv(3, 4)
+
+    def forward(self, x):
+        state = torch.zeros(1, 4, 1, 1, device=self.layer.weight.device, dtype=self.layer.weight.dtype)
+        return self.layer(x if x.sum() < 1e9 else -x) + state
+
+
 def described(weight, x):
     assert weight.shape == (4, 3, 1, 1) and weight.size(1) == 3 and weight.numel() == 12
     assert weight.ndim == weight.dim() == 4 and weight.is_floating_point()
@@ -622,6 +632,16 @@ def test_what_code_outside_asks_of_a_weight_it_may_ask_of_a_region(tmp_path):
             assert sqnr(expected, made(x)) > 25
     assert sqnr(expected, actual) > 25
     assert quantized.embed.get_submodule("0").weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_layer_that_is_a_region_still_tell_of_its_weight(copied):
+    model = AsksOneLayer().eval()
+    prepared = fxq.prepare(model, X)
+    prepared(X)
+    reference = fxq.convert_to_reference(prepared)
+    for made in (prepared, reference, fxq.lower(reference, "x86")):
+        assert torch.equal(copied(copied(made))(X), made(X))
 
 
 def test_values_that_are_part_of_a_kernel_cannot_be_read():
