@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxq.compiled import SCRIPTED
 from fxq.config import qualified_name
+from fxq.containers import is_made_of_items, items_of
 from fxq.copying import (
     READING_FUNCTIONS,
     borrowed,
@@ -295,6 +296,8 @@ class Tracer(fx.Tracer):
             given = {field.name: getattr(a, field.name) for field in dataclasses.fields(a)}
             fields = {name: self.create_arg(value) for name, value in given.items() if value is not None}
             return self.create_node("call_function", type(a), (), fields)
+        if is_made_of_items(a):
+            return self.create_node("call_function", type(a), (self.create_arg(items_of(a)),), {})
         return super().create_arg(a)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
