@@ -56,6 +56,8 @@ def held_by(node: Node) -> dict[Any, Any] | list[Any]:
 def plain_containers(graph: fx.Graph) -> None:
     """Write ordinary dicts and lists in the places of the containers that nodes make, for what knows no others."""
     for node in filter(makes_container, list(graph.nodes)):
+        if node.target in (dict, list):
+            continue
         held = held_by(node)
         for user in list(node.users):
 

@@ -279,6 +279,7 @@ class Tracer(fx.Tracer):
                 value.node  # noqa: B018  of an attribute such as x.hidden: made when first asked for, and kept
         last = next(reversed(self.graph.nodes), None)
         around, assigned = self.module_stack.copy(), dict(self.assigned)
+        given = _Given(args, kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:  # whatever a forward may raise on a proxy: the module becomes a leaf
@@ -289,7 +290,24 @@ class Tracer(fx.Tracer):
             self.untraceable[path] = blocking_statement(error)
             self._erase_after(last)
             self.module_stack = around
-            return self.create_proxy("call_module", path, args, kwargs)
+            return self._call_leaf(path, given)
+
+    def _call_leaf(self, path: str, given: _Given) -> fx.Proxy:
+        """Call a module that could not be traced.
+
+        A list or dict of its caller that it writes to becomes a value of the graph, of which the caller reads after the
+        call what is in it then.
+        """
+        written = given.put_back()
+        values = {id(held): self.create_proxy("call_function", type(held), (held,), {}) for held in written}
+        args = tuple(values.get(id(value), value) for value in given.args)
+        kwargs = {name: values.get(id(value), value) for name, value in given.kwargs.items()}
+        called: fx.Proxy = self.create_proxy("call_module", path, args, kwargs)
+        for held in written:
+            for key, item in list(_items(held)):
+                if isinstance(item, fx.Proxy):
+                    held[key] = operator.getitem(values[id(held)], key)
+        return called
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, dict) and dataclasses.is_dataclass(a):  # of torch.fx it would become an ordinary dict
@@ -313,6 +331,31 @@ class Tracer(fx.Tracer):
             if node is last:
                 break
             self.graph.erase_node(node)
+
+
+class _Given:
+    """The arguments of a call, and what the lists and dicts among them hold before it."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+        self._before = [(held, held.copy()) for held in (*args, *kwargs.values()) if type(held) in (list, dict)]
+
+    def put_back(self) -> list[Any]:
+        """Let those that were written to hold again what they held, and return them."""
+        written = [(held, before) for held, before in self._before if not _holds_the_same(held, before)]
+        for held, before in written:
+            held.clear()
+            held.extend(before) if isinstance(held, list) else held.update(before)
+        return [held for held, _ in written]
+
+
+def _items(held: list[Any] | dict[Any, Any]) -> Iterable[tuple[Any, Any]]:
+    return held.items() if isinstance(held, dict) else enumerate(held)
+
+
+def _holds_the_same(held: Any, before: Any) -> bool:
+    pairs = zip(_items(held), _items(before), strict=False)
+    return len(held) == len(before) and all(one == other and a is b for (one, a), (other, b) in pairs)
 
 
 def blocking_statement(error: BaseException) -> str:
