@@ -40,6 +40,9 @@ class Status(enum.Enum):
     FLOAT = "float"
 
 
+CHANNELS_LAST = "channels_last"  # a property of plans: weights or example inputs are in this memory format
+
+
 @dataclass(frozen=True, slots=True)
 class Reason:
     """Why a node stays float: a short code for grouping and a sentence for the reader."""
