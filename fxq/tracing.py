@@ -274,6 +274,7 @@ class Tracer(fx.Tracer):
     ) -> Any:
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
+        _require_parameters(m, args, kwargs)
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, fx.Proxy):
                 value.node  # noqa: B018  of an attribute such as x.hidden: made when first asked for, and kept
@@ -284,12 +285,11 @@ class Tracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:  # whatever a forward may raise on a proxy: the module becomes a leaf
             path = self.path_of_module(m)
-            self.assigned = assigned
+            self.assigned, self.module_stack = assigned, around
             if self._has_assigned(path):  # as a leaf it would read what was there before
                 raise
             self.untraceable[path] = blocking_statement(error)
             self._erase_after(last)
-            self.module_stack = around
             return self._call_leaf(path, given)
 
     def _call_leaf(self, path: str, given: _Given) -> fx.Proxy:
@@ -331,6 +331,17 @@ class Tracer(fx.Tracer):
             if node is last:
                 break
             self.graph.erase_node(node)
+
+
+def _require_parameters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise TypeError as a call does whose arguments a module does not take, which its caller may try out."""
+    if module._forward_pre_hooks:  # which may give it other ones
+        return
+    try:
+        signature = inspect.signature(module.forward, follow_wrapped=False)
+    except ValueError:  # of TorchScript, for one
+        return
+    signature.bind(*args, **kwargs)
 
 
 class _Given:

@@ -687,3 +687,18 @@ def test_a_list_that_an_untraceable_module_makes_longer_is_not_traced():
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         assert sqnr(model(x), fxq.quantize(model, [x])(x)) > 25
+
+
+def test_a_caller_may_try_arguments_that_a_module_does_not_take():
+    def forward(m, x):
+        for layer in m.layers:
+            try:
+                x = layer(x, lengths=None)
+            except TypeError:
+                x = layer(x)
+        return x
+
+    model = Lambda(forward, layers=nn.ModuleList([conv(3, 4), nn.Sequential(nn.ReLU(), conv(4, 4)), nn.ReLU()]))
+    module, untraceable = trace(model, (X,), {})
+    assert not untraceable
+    same(module(X), model(X))
