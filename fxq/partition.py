@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -539,7 +540,8 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     for cls in reversed([cls for cls in type(module).__mro__ if cls not in nn.Module.__mro__]):
         for name, value in vars(cls).items():
             if isinstance(value, property):
-                with suppress(Exception):  # a property that fails here is one that nobody reads
+                with suppress(Exception), warnings.catch_warnings():  # one that fails or warns is not asked for here
+                    warnings.simplefilter("ignore")
                     value = getattr(module, name)
             values[name] = value
     return {

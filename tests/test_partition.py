@@ -730,6 +730,11 @@ class HasStride:
     def broken(self):
         raise RuntimeError
 
+    @property
+    def outdated(self):
+        warnings.warn("ask for stride", DeprecationWarning, stacklevel=2)
+        return 1
+
 
 class Strided(nn.Module, HasStride):
     def __init__(self):
@@ -757,6 +762,14 @@ def test_properties_of_a_region_are_still_readable():
     assert set(regions_of(quantized)) == {"encoder"}
     with torch.no_grad():
         assert sqnr(model(x), quantized(x)) > 25
+
+
+def test_properties_that_nobody_asks_for_warn_nobody():
+    model, x = AsksStride().eval(), torch.randn(2, 3, 8, 8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fxq.quantize(model, [x])
+    assert not [warning for warning in caught if "ask for stride" in str(warning.message)]
 
 
 def test_a_part_called_self_does_not_shadow_the_module():
