@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx import Node
 
@@ -86,8 +87,15 @@ def overwrites(node: Node, leaf: nn.Module | None) -> bool:
 
 
 def _is_statement_of_users_function(node: Node) -> bool:
-    if node.op != "call_function" or node.users or not node.args or not isinstance(node.args[0], Node):
+    return not node.users and bool(node.args) and isinstance(node.args[0], Node) and is_users_function(node)
+
+
+def is_users_function(node: Node) -> bool:
+    """Whether a node calls a function that is neither of torch nor of Python, or a TorchScript one."""
+    if node.op != "call_function":
         return False
+    if isinstance(node.target, torch.jit.ScriptFunction):
+        return True
     package = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
     return package not in _FREE_OF_EFFECTS
 

@@ -24,14 +24,15 @@ from fxq.calibration import (
 from fxq.config import QConfig, QConfigMapping
 from fxq.copying import give_back
 from fxq.engine import require_engine
-from fxq.errors import CalibrationError, FxqWarning, StageError
+from fxq.errors import CalibrationError, FxqWarning
+from fxq.float_model import float_model
 from fxq.graph_module import BACKEND, QuantModule, copy_module, transformed_copy
 from fxq.learned_rounding import learn_rounding
 from fxq.lockstep import region_inputs
 from fxq.measures import Metric
 from fxq.mixed_precision import TARGET_SAMPLES, Budget, Judge, if_enough, within_budget
 from fxq.op_table import Backend
-from fxq.partition import Inputs, map_regions, partition_of, regions_of
+from fxq.partition import Inputs, map_regions, regions_of
 from fxq.pass_base import Pipeline
 from fxq.passes.absorb_clamp import AbsorbClamp
 from fxq.passes.correct_bias import CorrectBias
@@ -113,6 +114,7 @@ def quantize(
     """
     budget = Budget.parse(metric, max_drop, target)
     preset = get_preset(calibration)
+    model = float_model(model)
     if example_inputs is None:
         batches = iterate(calibration_data)
         first = next(batches, None)
@@ -243,6 +245,7 @@ def prepare(
         >>> qmodel = fxq.convert(prepared)                                            # doctest: +SKIP
     """
     preset = get_preset(calibration)
+    model = float_model(model)
     return _prepare(model, as_inputs(example_inputs, model), backend, qconfig, exclude, preset, pow2_scales)
 
 
@@ -267,19 +270,12 @@ def _prepare(
     pow2_scales: bool,
     borrow: bool = False,
 ) -> nn.Module:
-    require_float(model)
     require_eval(model)
     table = get_backend(backend) if isinstance(backend, str) else backend
     require_engine(table.engine)
     mapping = qconfig if isinstance(qconfig, QConfigMapping) else QConfigMapping().set_global(qconfig)
     config = mapping.resolved(table, exclude, preset.qconfig, pow2_scales)
     return prepare_model(model, inputs, table, config, preset=preset, borrow=borrow)
-
-
-def require_float(model: nn.Module) -> None:
-    """Raise StageError if anything of a model was made by fxq."""
-    if partition_of(model) is not None or any("fxq" in getattr(m, "meta", {}) for m in model.modules()):
-        raise StageError("this model was already prepared or quantized by fxq; prepare takes the float model")
 
 
 def convert_to_reference(prepared: nn.Module) -> nn.Module:

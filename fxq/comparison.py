@@ -25,6 +25,7 @@ from fxq.backends import get_backend
 from fxq.calibration import ForwardFn, example_inputs_of, understood
 from fxq.config import QConfigMapping
 from fxq.errors import InputError
+from fxq.float_model import without_compile
 from fxq.graph_module import BACKEND, QuantModule, copy_module, free_path, get_attribute
 from fxq.interpreter import Interpreter
 from fxq.lockstep import region_inputs
@@ -108,7 +109,7 @@ def compare_records(
     Raises:
         StageError, InputError, CalibrationError: as :func:`compare`.
     """
-    reference = reference_of(qmodel)
+    reference, model = reference_of(qmodel), without_compile(model)
     batches = keep_batches(data, num_batches)
     given: Inputs
     if example_inputs is None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fxq.compiled import compiled_from
 from fxq.scaled_weight import ScaledWeight
 
 # Layers that read their weights and do nothing else with them. An embedding, for one, may scale them in its forward.
@@ -32,6 +33,7 @@ READING_FUNCTIONS = frozenset({
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
 })  # fmt: skip
 _TABLES = ("_parameters", "_buffers", "_modules")
+_COMPILED = "_compiled_call_impl"  # what module.compile() sets: the original's code, on the original's parts
 _CONTAINERS = (dict, list, set, OrderedDict)
 
 
@@ -39,7 +41,7 @@ def copy_structure(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy of a module, its submodules and tensors, also where ``copy.deepcopy`` refuses.
 
     deepcopy refuses tensors computed from parameters, as the older weight_norm leaves them, and parametrized
-    modules.
+    modules. Of what ``torch.compile`` made, the modules that it was made of are copied.
 
     Args:
         memo: what was copied so far by ``id``: one object stays one object, and what is in it beforehand is taken
@@ -47,9 +49,17 @@ def copy_structure(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """
     if id(module) in memo:
         return memo[id(module)]  # type: ignore[no-any-return]
+    if isinstance(module, torch.jit.ScriptModule):
+        memo[id(module)] = copy.deepcopy(module)
+        return memo[id(module)]  # type: ignore[no-any-return]
+    inner = compiled_from(module)
+    if inner is not module:
+        memo[id(module)] = copy_structure(inner, memo)
+        return memo[id(module)]  # type: ignore[no-any-return]
+    left_out = (*_TABLES, _COMPILED)
     clone = object.__new__(type(module))
     memo[id(module)] = memo[id(clone)] = clone
-    clone.__dict__ = {n: _copy_attribute(value, memo) for n, value in vars(module).items() if n not in _TABLES}
+    clone.__dict__ = {n: _copy_attribute(value, memo) for n, value in vars(module).items() if n not in left_out}
     for table in _TABLES[:2]:
         tensors = {name: t if t is None else copy_tensor(t, memo) for name, t in getattr(module, table).items()}
         clone.__dict__[table] = tensors

@@ -162,7 +162,7 @@ def _make_view(node: Node, outputs: dict[Node, Any], arena: torch.Tensor) -> Non
     """Make a view of what always lies at the same place beforehand; the node still says what it depends on."""
     if node.target not in _VIEWS or node.kwargs or not all(source in outputs for source in node.all_input_nodes):
         return
-    args = plain(fx.map_arg(node.args, outputs.__getitem__))
+    args = plain(node.args, outputs.__getitem__)
     value = node.target(*args)
     tensors = value if isinstance(value, (tuple, list)) else [value]
     memory = arena.untyped_storage().data_ptr()

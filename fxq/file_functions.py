@@ -11,6 +11,7 @@ import functools
 import math
 import operator
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -104,7 +105,8 @@ def functions() -> dict[str, Callable[..., Any]]:
     named |= {"fxq:quantize": QUANTIZE, "fxq:quantize_average": QUANTIZE_AVERAGE}
     named |= {"fxq:dequantize": DEQUANTIZE, "fxq:dequantize_channel": DEQUANTIZE_CHANNEL}
     named |= {f"fxq:{f.__name__}": f for f in (multihead_attention, window_attention, after)}
-    named |= {f"builtins:{function.__name__}": function for function in (getattr, len, max, min)}
+    named |= {f"builtins:{function.__name__}": function for function in (dict, getattr, len, list, max, min)}
+    named |= {"collections:OrderedDict": OrderedDict}
     named |= {f"math:{f.__name__}": f for f in (math.ceil, math.floor, math.prod, math.sqrt)}
     named |= {f"operator:{name}": getattr(operator, name) for name in _OPERATORS.split()}
     both = [*_COMPUTE.split(), *_ARRANGE.split()]

@@ -120,6 +120,7 @@ class QuantModule(fx.GraphModule):
         memo.update({id(buffer): buffer for buffer in buffers if buffer.is_mkldnn})
         clone = super().__deepcopy__(memo)
         assert isinstance(clone, QuantModule)
+        clone.offer_descriptions()  # torch.fx copies no attributes that it does not know
         return clone
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -216,7 +217,7 @@ def parameters_and_descriptions(
     seen: set[int] = set()
     for path, part in module.named_modules(prefix=prefix, remove_duplicate=remove_duplicate):
         described = {name: value for name, value in vars(part).items() if isinstance(value, Described)}
-        for name, value in (described | part._parameters).items():  # as weights are before biases
+        for name, value in (described | dict(part._parameters.items())).items():  # as weights are before biases
             if value is not None and id(value) not in seen:
                 yield f"{path}.{name}" if path else name, value
             if remove_duplicate:

@@ -104,9 +104,9 @@ def _from_model(name: str, path: str, model: nn.Module | None) -> nn.Module:
             f"the file calls '{path}', a {name}, whose code it cannot hold; load it with model= the float model"
         )
     try:
-        module = model.get_submodule(path)
+        module = copy_structure(model.get_submodule(path), {})
     except AttributeError:
         raise ConfigError(f"the given model has no module '{path}', which the file calls") from None
     if qualified_name(type(module)) != name:
         raise ConfigError(f"'{path}' of the given model is a {qualified_name(type(module))}; the file wants a {name}")
-    return copy_structure(module, {})
+    return module

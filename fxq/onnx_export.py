@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import Node
 
 from fxq.batch_sizes import Shaped, sizes
+from fxq.containers import held_by, makes_container
 from fxq.errors import FxqError
 from fxq.graph_module import QuantModule
 from fxq.onnx_graph import OnnxGraph
@@ -84,7 +85,7 @@ def _write(w: OnnxWriter) -> None:
             w.graph.inputs.append(w.graph.describe(w.values[node], known))
     elif node.op == "get_attr":
         w.values[node] = w.graph.tensor(w.module_tensor(), str(node.target))
-    elif w.holds_tensors(known):
+    elif w.holds_tensors(known) and not makes_container(node):
         w.values[node] = _row(w)(w)
 
 
@@ -114,6 +115,8 @@ Output = tuple[tuple[Any, ...], str, Shaped]
 
 def _tensors(w: OnnxWriter, keys: tuple[Any, ...], value: Any) -> list[Output]:
     """The tensors in what the graph returns, with the keys and positions that lead to them."""
+    if isinstance(value, Node) and makes_container(value):
+        value = held_by(value)
     if isinstance(value, Node):
         return _parts(keys, w.values.get(value), w.sizes[value])
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()

@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fxq.compiled import python_modules
+
 _ATEN = torch.ops.aten
 _SAME = {_ATEN.detach, _ATEN.alias}
 _MAKING = {
@@ -209,7 +211,7 @@ class _Chains:
 @contextmanager
 def watching_reads(model: nn.Module) -> Iterator[Reads]:
     """While open, collects what is read of modules while they do not run."""
-    paths = {id(module): path for path, module in model.named_modules()}
+    paths = {id(module): path for path, module in python_modules(model)}
     before = {id(module): dict(vars(module)) for module in model.modules()}
     found = Reads()
     chains = _Chains(found)
@@ -280,7 +282,7 @@ def watching_reads(model: nn.Module) -> Iterator[Reads]:
         running.remove(id(module))
 
     handles = []
-    for module in model.modules():
+    for _, module in python_modules(model):
         handles.append(module.register_forward_pre_hook(enter, prepend=True))  # before those that compute weights
         handles.append(module.register_forward_hook(leave, always_call=True))
     patches: list[tuple[type[nn.Module], str, Callable[..., Any]]] = [

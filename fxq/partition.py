@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxq.compiled import SCRIPTED, python_modules
 from fxq.copying import borrowed, copy_inputs, copy_structure, give_back, only_read, only_reads, replace_listed
 from fxq.errors import ConfigError, FxqError, InputError, StageError, TraceError
 from fxq.graph_module import REFERENCE, STANDS_FOR, QuantModule, get_attribute, list_descriptions
@@ -55,8 +56,8 @@ class Recording:
 PrepareRegion = Callable[[nn.Module, Inputs, str], QuantModule]
 
 _ATTRIBUTE = "_fxq_partition"
-# Modules that do not call the layers inside but read their weights: nothing inside can become a region.
-_READ_THEIR_PARTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# Modules that do not call the layers inside as Python modules: nothing inside can become a region.
+_WITHOUT_CALLS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, torch.jit.ScriptModule)
 
 
 @dataclass(frozen=True)
@@ -327,7 +328,7 @@ def recording(model: nn.Module, untraceable: Iterable[nn.Module] = ()) -> Iterat
     handles = []
     whole = _seem_whole(model, {id(module) for module in untraceable})
     running: list[set[int]] = []  # the parts of those that seem to become regions, of which nothing is recorded
-    for path, module in model.named_modules():
+    for path, module in python_modules(model):
         if not _has_weights(module):
             continue
 
@@ -375,6 +376,8 @@ def _fixed(value: Any) -> Any:
 
 def _optional(module: nn.Module, inputs: Inputs, kind: type) -> set[str]:
     """The parameters of a module's forward that may be ``None`` and that a call gives a value of a kind."""
+    if isinstance(module, torch.jit.ScriptModule):  # its forward has no signature
+        return set()
     parameters = inspect.signature(module.forward).parameters
     given = dict(zip(parameters, inputs[0], strict=False)) | dict(inputs[1])
     values = {name: given.get(name) for name, parameter in parameters.items() if parameter.default is None}
@@ -403,7 +406,7 @@ def leaves_to_search(module: QuantModule) -> dict[str, nn.Module]:
     return {
         path: leaf
         for path, leaf in found.items()
-        if not isinstance(leaf, _READ_THEIR_PARTS) and any(map(_has_weights, leaf.children()))
+        if not isinstance(leaf, _WITHOUT_CALLS) and any(map(_has_weights, leaf.children()))
     }
 
 
@@ -477,6 +480,9 @@ class _Search:
         self.done[id(child)] = child, None
         calls = self.seen.pop(self.first_path[id(child)], {})  # which are many activations: no longer than needed
         inputs = next(iter(calls.values()), None)
+        if isinstance(child, torch.jit.ScriptModule):
+            self.left[path] = SCRIPTED
+            return False
         if self.first_path[id(child)] in self.reads.parts:
             self.left[path] = "code outside it reads its tensors or submodules"
         elif inputs is None and not self._runs_in_part(child):
@@ -491,7 +497,7 @@ class _Search:
                     return True
             if self._becomes_region(child, path, inputs):
                 return True
-            if isinstance(child, _READ_THEIR_PARTS):
+            if isinstance(child, _WITHOUT_CALLS):
                 return False
         self._look_inside(child, calls)
         del inputs, calls
@@ -504,7 +510,7 @@ class _Search:
         """Whether others of its class get a tensor where it gets ``None``, as shifted windows do a mask: with inputs of
         other sizes it may get one too, which a region that was traced without could not take.
         """
-        if isinstance(module, _READ_THEIR_PARTS):
+        if isinstance(module, _WITHOUT_CALLS):
             return False
         return bool(self.optional.get(type(module), set()) & _optional(module, inputs, type(None)))
 
@@ -562,8 +568,7 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     for cls in reversed([cls for cls in type(module).__mro__ if cls not in nn.Module.__mro__]):
         for name, value in vars(cls).items():
             if isinstance(value, property):
-                # one that fails here is one that nobody reads, and one that warns of itself is none of the user's doing
-                with suppress(Exception), warnings.catch_warnings():
+                with suppress(Exception), warnings.catch_warnings():  # one that fails or warns is not asked for here
                     warnings.simplefilter("ignore")
                     value = getattr(module, name)
             values[name] = value

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph
 
+from fxq.compiled import SCRIPTED
 from fxq.errors import PlanError
 from fxq.qdq import is_dequantize, is_quantize
 from fxq.spec import QuantSpec
@@ -39,6 +40,9 @@ class Status(enum.Enum):
     FLOAT = "float"
 
 
+CHANNELS_LAST = "channels_last"  # a property of plans: weights or example inputs are in this memory format
+
+
 @dataclass(frozen=True, slots=True)
 class Reason:
     """Why a node stays float: a short code for grouping and a sentence for the reader."""
@@ -55,6 +59,7 @@ UNKNOWN_OP = Reason("unknown-op", "not an operation fxq knows")
 NO_KERNEL = Reason("no-kernel", "the backend has no int8 kernel for it")
 NOT_FLOAT32 = Reason("not-float32", "its input is not a float32 tensor")
 UNTRACEABLE = Reason("untraceable", "the module cannot be traced with torch.fx")
+TORCHSCRIPT = Reason("torchscript", SCRIPTED)
 OWN_FORWARD = Reason("own-forward", "a subclass with its own forward")
 ISLAND = Reason("island", "only float ops around it, where int8 would only add quantize and dequantize")
 AT_EXIT = Reason("at-exit", "averages what leaves int8 here anyway, in float without rounding")

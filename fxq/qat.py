@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fxq.api import Exclusions, as_inputs, require_float
+from fxq.api import Exclusions, as_inputs
 from fxq.backends import get_backend
 from fxq.config import QConfig, QConfigMapping, ResolvedConfig
 from fxq.engine import require_engine
 from fxq.errors import ConfigError, StageError
 from fxq.fake_quantize import LEARNED, FakeQuantize, fake_quantizes
+from fxq.float_model import float_model
 from fxq.op_table import Backend
 from fxq.passes.canonicalize import WEIGHT_HOOKS
 from fxq.preparation import prepare_model
@@ -56,7 +57,7 @@ def prepare_qat(
         ...     optimizer.step()
         >>> qmodel = fxq.convert(prepared)                                            # doctest: +SKIP
     """
-    require_float(model)
+    model = float_model(model)
     _require_own_weights(model)
     table = get_backend(backend) if isinstance(backend, str) else backend
     require_engine(table.engine)

@@ -24,6 +24,7 @@ from torch import nn
 from fxq.api import lower
 from fxq.backends import BACKENDS, get_backend
 from fxq.errors import BackendError, ConfigError, FileFormatError, FxqError, StageError
+from fxq.float_model import without_compile
 from fxq.graph_json import decode_graph, encode_graph
 from fxq.graph_module import QuantModule, get_attribute, make_module
 from fxq.leaves import decode_leaf, encode_leaf
@@ -155,7 +156,7 @@ def load_reference(path: str | Path, *, model: nn.Module | None = None) -> nn.Mo
     """
     content, tensors = _verified(path)
     with _named(path):
-        return _decode(content, tensors, model)
+        return _decode(content, tensors, model if model is None else without_compile(model))
 
 
 def load_regions(path: str | Path) -> dict[str, QuantModule]:

@@ -22,6 +22,7 @@ from fxq.api import lower
 from fxq.backends import get_backend
 from fxq.backends.kernels import PackedConv
 from fxq.batch_sizes import example_inputs as inputs_of
+from fxq.containers import plain_containers
 from fxq.engine import running
 from fxq.errors import FxqError
 from fxq.graph_module import BACKEND, QuantModule
@@ -76,6 +77,7 @@ def to_torchscript(model: nn.Module, example_inputs: Any = None, path: str | Pat
             )
         if node.target is as_quantized:  # a view, in which tracing would record the example's sizes
             node.target = torch._make_per_tensor_quantized_tensor
+    plain_containers(lowered.graph)
     inputs = inputs_of(reference) if example_inputs is None else example_inputs
     inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(x for x in inputs if isinstance(x, torch.Tensor))
     needed = [node.target for node in reference.graph.find_nodes(op="placeholder") if not node.args]

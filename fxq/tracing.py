@@ -28,7 +28,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
+from fxq.compiled import SCRIPTED
 from fxq.config import qualified_name
+from fxq.containers import is_made_of_items, items_of
 from fxq.copying import (
     READING_FUNCTIONS,
     borrowed,
@@ -270,6 +272,8 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if self._has_assigned(module_qualified_name):
             return False
+        if isinstance(m, torch.jit.ScriptModule):
+            return True
         return type(m) not in LAYERS and super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
@@ -277,28 +281,48 @@ class Tracer(fx.Tracer):
     ) -> Any:
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
+        _require_parameters(m, args, kwargs)
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, fx.Proxy):
                 value.node  # noqa: B018  of an attribute such as x.hidden: made when first asked for, and kept
         last = next(reversed(self.graph.nodes), None)
         around, assigned = self.module_stack.copy(), dict(self.assigned)
+        given = _Given(args, kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:  # whatever a forward may raise on a proxy: the module becomes a leaf
             path = self.path_of_module(m)
-            self.assigned = assigned
+            self.assigned, self.module_stack = assigned, around
             if self._has_assigned(path):  # as a leaf it would read what was there before
                 raise
             self.untraceable[path] = blocking_statement(error)
             self._erase_after(last)
-            self.module_stack = around
-            return self.create_proxy("call_module", path, args, kwargs)
+            return self._call_leaf(path, given)
+
+    def _call_leaf(self, path: str, given: _Given) -> fx.Proxy:
+        """Call a module that could not be traced.
+
+        A list or dict of its caller that it writes to becomes a value of the graph, of which the caller reads after the
+        call what is in it then.
+        """
+        written = given.put_back()
+        values = {id(held): self.create_proxy("call_function", type(held), (held,), {}) for held in written}
+        args = tuple(values.get(id(value), value) for value in given.args)
+        kwargs = {name: values.get(id(value), value) for name, value in given.kwargs.items()}
+        called: fx.Proxy = self.create_proxy("call_module", path, args, kwargs)
+        for held in written:
+            for key, item in list(_items(held)):
+                if isinstance(item, fx.Proxy):
+                    held[key] = operator.getitem(values[id(held)], key)
+        return called
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, dict) and dataclasses.is_dataclass(a):  # of torch.fx it would become an ordinary dict
             given = {field.name: getattr(a, field.name) for field in dataclasses.fields(a)}
             fields = {name: self.create_arg(value) for name, value in given.items() if value is not None}
             return self.create_node("call_function", type(a), (), fields)
+        if is_made_of_items(a):
+            return self.create_node("call_function", type(a), (self.create_arg(items_of(a)),), {})
         return super().create_arg(a)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -314,6 +338,42 @@ class Tracer(fx.Tracer):
             if node is last:
                 break
             self.graph.erase_node(node)
+
+
+def _require_parameters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise TypeError as a call does whose arguments a module does not take, which its caller may try out."""
+    if module._forward_pre_hooks:  # which may give it other ones
+        return
+    try:
+        signature = inspect.signature(module.forward, follow_wrapped=False)
+    except ValueError:  # of TorchScript, for one
+        return
+    signature.bind(*args, **kwargs)
+
+
+class _Given:
+    """The arguments of a call, and what the lists and dicts among them hold before it."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+        self._before = [(held, held.copy()) for held in (*args, *kwargs.values()) if type(held) in (list, dict)]
+
+    def put_back(self) -> list[Any]:
+        """Let those that were written to hold again what they held, and return them."""
+        written = [(held, before) for held, before in self._before if not _holds_the_same(held, before)]
+        for held, before in written:
+            held.clear()
+            held.extend(before) if isinstance(held, list) else held.update(before)
+        return [held for held, _ in written]
+
+
+def _items(held: list[Any] | dict[Any, Any]) -> Iterable[tuple[Any, Any]]:
+    return held.items() if isinstance(held, dict) else enumerate(held)
+
+
+def _holds_the_same(held: Any, before: Any) -> bool:
+    pairs = zip(_items(held), _items(before), strict=False)
+    return len(held) == len(before) and all(one == other and a is b for (one, a), (other, b) in pairs)
 
 
 def blocking_statement(error: BaseException) -> str:
@@ -368,6 +428,8 @@ def trace(
         StageError: if a module is in training mode.
         TraceError: if the model's own forward cannot be traced.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(f"the {model.original_name} cannot be traced with torch.fx: {SCRIPTED}", SCRIPTED)
     if not follow_mode:
         require_eval(model)
     modes = mode_flags(model) if follow_mode else contextlib.nullcontext()
@@ -477,6 +539,8 @@ def require_eval(model: nn.Module) -> None:
 
 def seems_traceable(module: nn.Module) -> bool:
     """Whether a module's own forward can be traced when it is given just what it requires, without running it."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     parameters = inspect.signature(module.forward).parameters.values()
     required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     with _ONE_AT_A_TIME, _left_as_it_is(module), traceable_transformers():

@@ -86,7 +86,7 @@ class Walk:
             return self.value(node.args[0], batch)  # type: ignore[arg-type]
         if node.target is LINEAR.target and is_dequantize(node.args[1]) and _is_constant(node.args[1]):  # type: ignore[arg-type]
             return self._linear(node, node.args[1], batch)  # type: ignore[arg-type]
-        args, kwargs = plain(fx.map_arg((node.args, node.kwargs), lambda source: self.value(source, batch)))
+        args, kwargs = plain((node.args, node.kwargs), lambda source: self.value(source, batch))
         if is_quantize(node):
             return _quantize_in_parts(node.target, *args)
         return getattr(self._interpreter, node.op)(node.target, args, kwargs)

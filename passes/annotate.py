@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from fxq.config import QConfig, ResolvedConfig
+from fxq.containers import makes_container
 from fxq.graph_module import QuantModule
 from fxq.matcher import Match, best_match
 from fxq.op_table import Backend, Fixed, OpRow, Out, Weights
@@ -162,6 +163,8 @@ def _weight_spec(spec: QuantSpec, axis: int, supported: Weights) -> QuantSpec:
 
 
 def _decide_unknown(node: Node, plan: QuantPlan) -> Decision:
+    if makes_container(node):
+        return Decision(Status.SHAPE_ONLY)
     fact = plan.facts.get(node.name)
     reads_float = any(plan.facts[n.name].is_float32 for n in node.all_input_nodes if n.name in plan.facts)
     makes_tensors = fact is not None or node.name in plan.containers

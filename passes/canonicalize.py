@@ -29,6 +29,7 @@ from fxq.plan import (
     INPLACE,
     OWN_FORWARD,
     RECURRENT,
+    TORCHSCRIPT,
     UNKNOWN_OP,
     UNTRACEABLE,
     Decision,
@@ -189,6 +190,8 @@ def _why_left(node: Node, module: QuantModule, plan: QuantPlan, ops: Dictionary)
     if str(node.target) in plan.untraceable:
         return float_decision(UNTRACEABLE, plan.untraceable[str(node.target)])
     leaf = module.get_submodule(str(node.target))
+    if isinstance(leaf, torch.jit.ScriptModule):
+        return float_decision(TORCHSCRIPT)
     if _hooked(leaf):
         return float_decision(OWN_FORWARD, "it has forward hooks")
     if any(ops.spelled(cls) for cls in type(leaf).__mro__):

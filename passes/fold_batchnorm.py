@@ -81,7 +81,7 @@ class FoldBatchNorm(Pass):
         return True
 
     def _scaled(self, weight: torch.Tensor, scale: torch.Tensor, op: Op, layer: Node) -> torch.Tensor:
-        if op in CONV_TRANSPOSES:
+        if op in CONV_TRANSPOSES or weight.dtype != torch.float32:
             return scale_outputs(weight.double(), scale, op, layer)
         scaled = ScaledWeight(weight, scale)
         return scaled if self.keep_sources else scaled.value()

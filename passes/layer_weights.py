@@ -82,12 +82,13 @@ def is_padded(node: Node, op: Op) -> bool:
 def set_parameters(
     layer: Node, op: Op, weight: torch.Tensor, bias: torch.Tensor | None, module: QuantModule, readers: Counter[int]
 ) -> None:
-    """Store a layer's weight and bias as float32 parameters, a :class:`ScaledWeight` as it is.
+    """Store a layer's weight and bias as parameters of the dtype its weight has, a :class:`ScaledWeight` as it is.
 
     A layer without a bias gets one if ``bias`` is given.
     ``readers`` is what :func:`count_readers` counted before any change.
     """
     weight_node, bias_node = op.get(layer, "weight"), op.get(layer, "bias")
+    dtype = get_attribute(module, str(weight_node.target)).dtype
     weight_path = _own_path(weight_node, module, readers)
     values = {"weight": (weight_path, weight)}
     if bias is not None and bias_node is None:
@@ -98,7 +99,7 @@ def set_parameters(
     args = list(layer.args)
     with layer.graph.inserting_before(layer):
         for name, (path, value) in values.items():
-            set_tensor(module, path, value if isinstance(value, ScaledWeight) else nn.Parameter(value.float()))
+            set_tensor(module, path, value if isinstance(value, ScaledWeight) else nn.Parameter(value.to(dtype)))
             args[op.index(name)] = layer.graph.get_attr(path)
     layer.args = tuple(args)
 

@@ -26,7 +26,7 @@ from fxq.op_table import Backend, Out, OutQuant
 from fxq.ops import Dictionary
 from fxq.passes.emission import KernelEmission
 from fxq.passes.find_kernels import KernelFinder, int_weight, output_quant
-from fxq.passes.restore_layouts import restore_layouts
+from fxq.passes.layouts import permuted_values, reads_layout
 from fxq.plan import Decision, Kernel, QuantPlan, Stage, Status, float_decision
 from fxq.qdq import is_dequantize, is_quantize
 
@@ -62,7 +62,9 @@ class Lowering:
         self.plan = QuantPlan(self.backend.name, Stage.LOWERED, {"canonical", "facts", "annotated"})
         self.regions = {region.nodes[0]: region for region in self.old.regions}
         self.finder = KernelFinder(self.reference, self.backend)
+        self.permuted = permuted_values(self.reference, self.finder.covered, self.ops)
         self.floats: dict[Node, Any] = {}
+        self.ordered: dict[Node, Any] = {}  # the same in the order of their dimensions, for code that fxq does not know
         self.ints: dict[Node, Node] = {}
         self.qparams: dict[Node, tuple[float, int]] = {}
         self.plain: dict[Node, Node | None] = {}  # nodes of plain uint8 tensors, each with its quint8 view if made
@@ -163,10 +165,28 @@ class Lowering:
             path = str(node.target)
             made = self.constant(node.name, get_attribute(self.reference, path), path)
         else:
-            argument = self._shape_source if reads_shape(node) else self.float_value
-            made = self.graph.node_copy(node, argument)
+            made = self.graph.node_copy(node, self._source_for(node))
             self._copy_record(node, made)
         self.floats[node] = made
+        return made
+
+    def _source_for(self, node: Node) -> Callable[[Node], Any]:
+        if reads_shape(node):
+            return self._shape_source
+        return self._ordered if reads_layout(node) else self.float_value
+
+    def _ordered(self, node: Node) -> Any:
+        """The float node that carries a value, in the order of its dimensions."""
+        if node not in self.permuted or node.name not in self.old.facts:
+            return self.float_value(node)
+        if node not in self.ordered:
+            made = self._dequantize(node, ordered=True) if is_dequantize(node) else self._contiguous(node)
+            self.ordered[node] = made
+        return self.ordered[node]
+
+    def _contiguous(self, node: Node) -> Node:
+        made = self.call(f"{node.name}_contiguous", torch.Tensor.contiguous, (self.float_value(node),))
+        self._describe(made, node.name, Decision(Status.SHAPE_ONLY, "contiguous"), Kernel("aten::contiguous"))
         return made
 
     def _shape_source(self, node: Node) -> Any:
@@ -174,13 +194,18 @@ class Lowering:
         is_activation = is_dequantize(node) and is_quantize(node.args[0])  # type: ignore[arg-type]
         return self.ints[node.args[0]] if is_activation else self.float_value(node)  # type: ignore[index]
 
-    def _dequantize(self, node: Node) -> Node:
+    def _dequantize(self, node: Node, ordered: bool = False) -> Node:
         source = node.args[0]
         assert isinstance(source, Node)
         if not is_quantize(source):
             weight = int_weight(self.reference, node)
             return self.constant(f"{source.name}_float", dequantize(weight.values, weight.qparams, weight.ch_axis))
         quantized = self.quantized(self.ints[source])
+        if ordered:  # the integers are a quarter of the memory
+            dense = self.call(f"{quantized.name}_contiguous", torch.Tensor.contiguous, (quantized,))
+            self._describe_like(self.ints[source], dense, "aten::contiguous", Status.SHARED)
+            self.plan.decisions[dense.name] = Decision(Status.SHAPE_ONLY, "contiguous")
+            quantized = dense
         made = self.call(f"{source.args[0].name}_dequantize", torch.Tensor.dequantize, (quantized,))  # type: ignore
         scale, zero_point = self.qparams[self.ints[source]]
         kernel = Kernel("dequantize", scale, zero_point)
@@ -274,7 +299,6 @@ class Lowering:
         order = {node: position for position, node in enumerate(self.graph.nodes)}
         for kernel, operand in self.overwritten:
             self._protect(kernel, operand, order)
-        restore_layouts(self.module, self.graph, self.plan, self.ops)
         lowered = QuantModule(self.module, self.graph, type(self.reference).__name__)
         self.plan.fusions = list(self.old.fusions)
         self.plan.notes = list(self.old.notes)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from fxq.attention import multihead_attention, window_attention
 from fxq.copying import copy_inputs
@@ -22,7 +23,7 @@ from fxq.interpreter import Interpreter
 from fxq.macs import Counter, counting, node_macs
 from fxq.ops import CONVS, LINEAR, Dictionary, Op
 from fxq.pass_base import Pass
-from fxq.plan import QuantPlan, TensorFact
+from fxq.plan import CHANNELS_LAST, QuantPlan, TensorFact
 
 # Beside the ops of the vocabulary, what neither writes to its arguments nor makes the shape of its result from values.
 _SHAPED = frozenset({
@@ -47,6 +48,8 @@ class RecordFacts(Pass):
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
         if not (self._values_are_free(module) and self._thinly(module, plan)):
             self._record(_Recorder(module, plan, self.ops))
+        if any(map(_is_channels_last, (*tree_leaves((self.args, self.kwargs)), *module.parameters()))):
+            plan.properties.add(CHANNELS_LAST)
         return len(plan.facts)
 
     def _values_are_free(self, module: QuantModule) -> bool:
@@ -165,6 +168,13 @@ def _is_unbounded(value: torch.Tensor) -> bool:
     if low == -math.inf or max(-low, min(high, _LARGEST)) >= _LARGEST:
         return True
     return low <= _HIDDEN and bool(((value == 0) | (value == low)).all())
+
+
+def _is_channels_last(value: Any) -> bool:
+    """Whether a value is an image or a weight in channels_last, and not in the order of its dimensions as well."""
+    if not isinstance(value, torch.Tensor) or value.dim() not in (4, 5) or value.is_contiguous():
+        return False
+    return value.is_contiguous(memory_format=torch.channels_last if value.dim() == 4 else torch.channels_last_3d)
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -601,6 +601,16 @@ def test_what_code_outside_reads_is_no_region():
         assert sqnr(model(x), quantized(x)) > 25
 
 
+class AsksOneLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = conv(3, 4)
+
+    def forward(self, x):
+        state = torch.zeros(1, 4, 1, 1, device=self.layer.weight.device, dtype=self.layer.weight.dtype)
+        return self.layer(x if x.sum() < 1e9 else -x) + state
+
+
 def described(weight, x):
     assert weight.shape == (4, 3, 1, 1) and weight.size(1) == 3 and weight.numel() == 12
     assert weight.ndim == weight.dim() == 4 and weight.is_floating_point()
@@ -622,6 +632,16 @@ def test_what_code_outside_asks_of_a_weight_it_may_ask_of_a_region(tmp_path):
             assert sqnr(expected, made(x)) > 25
     assert sqnr(expected, actual) > 25
     assert quantized.embed.get_submodule("0").weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_layer_that_is_a_region_still_tell_of_its_weight(copied):
+    model = AsksOneLayer().eval()
+    prepared = fxq.prepare(model, X)
+    prepared(X)
+    reference = fxq.convert_to_reference(prepared)
+    for made in (prepared, reference, fxq.lower(reference, "x86")):
+        assert torch.equal(copied(copied(made))(X), made(X))
 
 
 def test_values_that_are_part_of_a_kernel_cannot_be_read():
@@ -710,6 +730,11 @@ class HasStride:
     def broken(self):
         raise RuntimeError
 
+    @property
+    def outdated(self):
+        warnings.warn("ask for stride", DeprecationWarning, stacklevel=2)
+        return 1
+
 
 class Strided(nn.Module, HasStride):
     def __init__(self):
@@ -737,6 +762,14 @@ def test_properties_of_a_region_are_still_readable():
     assert set(regions_of(quantized)) == {"encoder"}
     with torch.no_grad():
         assert sqnr(model(x), quantized(x)) > 25
+
+
+def test_properties_that_nobody_asks_for_warn_nobody():
+    model, x = AsksStride().eval(), torch.randn(2, 3, 8, 8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fxq.quantize(model, [x])
+    assert not [warning for warning in caught if "ask for stride" in str(warning.message)]
 
 
 def test_a_part_called_self_does_not_shadow_the_module():

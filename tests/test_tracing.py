@@ -634,3 +634,71 @@ def test_leaves_do_not_read_weights_from_before():
         trace(model.eval(), (X,), {})
     module, untraceable = trace(Lambda(lambda m, x: m.inner(x) + 1, inner=Inside(itself=True)).eval(), (X,), {})
     assert set(untraceable) == {"inner"} and [n.op for n in module.graph.nodes][1] == "call_module"
+
+
+class WritesToItsList(nn.Module):
+    """As YOLO's head: puts what it computes into the list or dict that it is given, then does what cannot be traced."""
+
+    def __init__(self, keys):
+        super().__init__()
+        self.keys = keys
+        self.layers = nn.ModuleList(conv(4, 2) for _ in keys)
+
+    def forward(self, features):
+        for key, layer in zip(self.keys, self.layers, strict=True):
+            features[key] = layer(features[key])
+        if features[self.keys[0]].sum() > 1e9:
+            features[self.keys[0]] = -features[self.keys[0]]
+        return features[self.keys[0]] + 1
+
+
+@pytest.mark.parametrize("calibration", ["default", "max"])
+@pytest.mark.parametrize("keys", [[0, 1], ["a", "b"]])
+def test_what_an_untraceable_module_writes_into_a_list_is_read_after_it(keys, calibration, tmp_path):
+    def forward(m, x):
+        features = [m.a(x), m.b(x)] if keys == [0, 1] else {"a": m.a(x), "b": m.b(x), "size": 3}
+        first = m.head(features)
+        return [first, *(features[key] for key in keys)]
+
+    model = Lambda(forward, a=conv(3, 4), b=conv(3, 4), head=WritesToItsList(keys))
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    qmodel = fxq.quantize(model, [x], calibration=calibration)
+    fxq.save(qmodel, tmp_path / "model.fxq")
+    with torch.no_grad():
+        for made in (qmodel, copy.deepcopy(qmodel), fxq.load(tmp_path / "model.fxq", model=model)):
+            for expected, actual in zip(model(x), made(x), strict=True):
+                assert sqnr(expected, actual) > 25
+    shapes = {record["shape"] for record in fxq.graph_records(qmodel) if record["op"] == "getitem"}
+    assert shapes == {(2, 2, 8, 8)}
+
+
+def test_a_list_that_an_untraceable_module_makes_longer_is_not_traced():
+    class Appends(nn.Module):
+        def forward(self, features):
+            features.append(features[0] + 1)
+            return features[0] if features[0].sum() < 1e9 else -features[0]
+
+    def forward(m, x):
+        features = [m.a(x)]
+        m.grow(features)
+        return features[1]
+
+    model = Lambda(forward, a=conv(3, 4), grow=Appends())
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        assert sqnr(model(x), fxq.quantize(model, [x])(x)) > 25
+
+
+def test_a_caller_may_try_arguments_that_a_module_does_not_take():
+    def forward(m, x):
+        for layer in m.layers:
+            try:
+                x = layer(x, lengths=None)
+            except TypeError:
+                x = layer(x)
+        return x
+
+    model = Lambda(forward, layers=nn.ModuleList([conv(3, 4), nn.Sequential(nn.ReLU(), conv(4, 4)), nn.ReLU()]))
+    module, untraceable = trace(model, (X,), {})
+    assert not untraceable
+    same(module(X), model(X))

@@ -176,3 +176,15 @@ def test_needs_facts():
     module = canonical(sequence(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)), X2)
     with pytest.raises(PlanError, match=r"requires.*facts"):
         Pipeline([FoldBatchNorm(None)])(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("keep_sources", [False, True])
+@pytest.mark.parametrize("layer", [CONVS[2], TRANSPOSED[2]])
+def test_a_layer_of_another_dtype_keeps_it(layer, keep_sources, dtype):
+    model = sequence(layer(4, 6, 3, bias=False), nn.BatchNorm2d(6)).to(dtype)
+    module, step = before(FoldBatchNorm, model, X2.to(dtype))
+    step.keep_sources = keep_sources
+    assert run(step, module) == 1
+    assert {parameter.dtype for parameter in module.parameters()} == {dtype}
+    torch.testing.assert_close(module(X2.to(dtype)), model(X2.to(dtype)), rtol=0.05, atol=0.05)
