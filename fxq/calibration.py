@@ -175,6 +175,7 @@ def example_inputs_of(
     """``(args, kwargs)`` of a batch, to trace a float model with.
 
     Where forward needs one input, a list of float tensors may be ``[input, label]`` or that input: the model is tried.
+    So it is with members for optional parameters, which are inputs if the model needs them.
 
     Raises:
         CalibrationError: with ``forward_fn``, which alone knows how a batch becomes inputs; for a list that the model
@@ -184,7 +185,7 @@ def example_inputs_of(
         raise CalibrationError("forward_fn needs example_inputs: a batch does not tell how the model is called")
     parameters = forward_parameters(model)
     if not (_may_be_one_input(batch, parameters) and runs(model, ((batch,), {}))):
-        return model_inputs(batch, parameters)
+        return _only_way(model, batch) or model_inputs(batch, parameters)
     if not runs(model, ((batch[0],), {})):
         return (batch,), {}
     if len(batch) == 1:
@@ -193,6 +194,21 @@ def example_inputs_of(
         f"a batch is a list of {len(batch)} tensors, and the model takes the list as well as its first member; write "
         f"([...],) for a list that is one input, and a tuple (input, label) otherwise, or pass example_inputs"
     )
+
+
+def _only_way(model: nn.Module, batch: Any) -> Inputs | None:
+    """All members of a batch as inputs, where forward requires fewer but fails without the others, as one of CLIP does,
+    whose ``image`` and ``text`` are both optional; where one of them is ``None``, it is no label either.
+    """
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    required = sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+    if not isinstance(batch, (tuple, list)) or not required < len(batch) <= len(parameters):
+        return None
+    if parameters[required].name in _LABELS or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return None
+    every: Inputs = tuple(batch), {}
+    told = any(member is None for member in batch) or not runs(model, (tuple(batch[:required]), {}))
+    return every if told and runs(model, every) else None
 
 
 def _may_be_one_input(batch: Any, parameters: list[inspect.Parameter]) -> bool:

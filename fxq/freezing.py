@@ -48,7 +48,7 @@ class Frozen(nn.Module):
         offer_descriptions(self, model.plan)
         self.eval()
 
-    @property  # type: ignore[override]
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return self._model[0].__class__ if "_model" in vars(self) and STANDS_FOR in self._model[0].meta else type(self)
 

@@ -30,7 +30,7 @@ STANDS_FOR = "fxq_stands_for"  # of a region: the class of the module in whose p
 class QuantModule(fx.GraphModule):
     """A traced model with its :class:`~fxq.plan.QuantPlan` in ``meta["fxq"]``; called like the model."""
 
-    @property  # type: ignore[override]
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         """For code around a region that asks with ``isinstance`` what it is: the class of the module it stands for."""
         found: type = vars(self).get("meta", {}).get(STANDS_FOR, type(self))

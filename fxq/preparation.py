@@ -206,7 +206,7 @@ def _prepare_region(
     else:
         passes(module)
     for observer in map(module.get_submodule, plan.observers.values()) if path else ():
-        observer.where = f"{observer.where} of the part '{path}'"
+        observer.where = f"{observer.where} of the part '{path}'"  # type: ignore[assignment]
     if training:
         plan.properties.add(TRAINABLE)
     plan.stage = Stage.PREPARED

@@ -6,7 +6,6 @@ work of a forward pass is spared.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +20,7 @@ from fxq.errors import InputError
 from fxq.graph_module import QuantModule
 from fxq.interpreter import Interpreter
 from fxq.macs import Counter, counting, node_macs
-from fxq.ops import CONVS, LINEAR, Dictionary, Op
+from fxq.ops import CONVS, DIV, LINEAR, Dictionary, Op
 from fxq.pass_base import Pass
 from fxq.plan import CHANNELS_LAST, QuantPlan, TensorFact
 
@@ -112,9 +111,9 @@ class _Recorder(Interpreter):
         return value
 
     def _may_be_mask(self, node: Node) -> bool:
-        """Whether a tensor is none that layers compute, or is computed of a mask."""
+        """Whether a tensor is none that layers compute, may be over next to nothing, or is computed of such a one."""
         unbounded = any(source.name in self.plan.unbounded for source in node.all_input_nodes)
-        return unbounded or self.ops.op_of(node) is None
+        return unbounded or self.ops.op_of(node) in (None, DIV)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with counting(self.fetch_attr(target)) as macs:
@@ -161,11 +160,11 @@ def _one_channel(op: Op, args: tuple[Any, ...]) -> torch.Tensor:
 
 
 def _is_unbounded(value: torch.Tensor) -> bool:
-    """Whether values are -inf, too large for a step next to which others count, or such as are added to hide others."""
+    """Whether values are infinite, too large for a step next to which others count, or there to hide others."""
     if not value.is_floating_point() or not value.numel():
         return False
     low, high = (float(extreme) for extreme in torch.aminmax(value))
-    if low == -math.inf or max(-low, min(high, _LARGEST)) >= _LARGEST:
+    if max(-low, high) >= _LARGEST:
         return True
     return low <= _HIDDEN and bool(((value == 0) | (value == low)).all())
 

@@ -373,3 +373,63 @@ def test_ranges_that_the_graph_knows(
 )
 def test_what_a_dict_means(forward, batch, expected):
     assert model_inputs(batch, list(inspect.signature(forward).parameters.values())) == expected
+
+
+class Pair(nn.Module):
+    """Both inputs are optional, and needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, image=None, text=None):
+        return self.image(image) @ self.text(text).T
+
+
+class Optional(nn.Module):
+    """Takes a second input that it can do without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, other=None, targets=None):
+        return self.last(self.first(x) if other is None else self.first(x) + other)
+
+
+def batches_of(*members):
+    return [members] * 2
+
+
+def test_members_that_the_model_fails_without_are_inputs():
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    assert fxq.quantize(Pair().eval(), batches_of(x, y), progress=False)(x, y).shape == (3, 3)
+
+
+def test_members_that_may_be_labels_are_an_error_which_example_inputs_resolve():
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    with pytest.raises(CalibrationError, match="a label or the optional input 'other'"):
+        fxq.quantize(Optional().eval(), batches_of(x, y), progress=False)
+    both = fxq.quantize(Optional().eval(), batches_of(x, y), example_inputs=(x, y), progress=False)
+    assert not torch.equal(both(x, y), both(x, 3 * y))
+    one = fxq.quantize(Optional().eval(), batches_of(x, y), example_inputs=(x,), progress=False)
+    assert one(x).shape == (3, 4)
+    assert "linear" in fxq.compare(Optional().eval(), one, batches_of(x, y), example_inputs=(x,))
+
+
+def test_a_member_that_is_none_is_no_label():
+    x = torch.randn(3, 4)
+    assert fxq.quantize(Optional().eval(), batches_of(x, None), progress=False)(x).shape == (3, 4)
+
+
+def test_members_in_the_place_of_targets_are_labels():
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, images, targets=None):
+            return self.head(images)
+
+    x = torch.randn(3, 4)
+    assert fxq.quantize(Detector().eval(), batches_of(x, [{}]), progress=False)(x).shape == (3, 4)

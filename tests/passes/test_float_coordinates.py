@@ -46,7 +46,7 @@ def test_positions_are_float_at_any_size(join):
         with torch.no_grad():
             assert sqnr(model(x), qmodel(x)) > 20
     table = fxq.graph_table(qmodel)
-    assert "positions to sample at" in table
+    assert "positions need" in table
     assert not any(record["op"] in ("add", "cat") and record["type"] == "int8" for record in fxq.graph_records(qmodel))
 
 
@@ -54,3 +54,21 @@ def test_what_is_sampled_stays_int8():
     qmodel = fxq.quantize(Warp(scaled).eval(), [torch.randn(2, 3, 32, 32)], progress=False)
     convs = [record for record in fxq.graph_records(qmodel) if "conv2d" in record["op"]]
     assert len(convs) == 3 and all(record["type"] == "int8" for record in convs)
+
+
+class Counting(nn.Module):
+    """Adds the number of each token to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.last(self.first(x) + torch.arange(x.shape[1]).float().unsqueeze(1))
+
+
+def test_numbers_counted_up_to_a_size_are_added_in_float():
+    torch.manual_seed(0)
+    qmodel = fxq.quantize(Counting().eval(), [torch.randn(2, 16, 8)], progress=False)
+    adds = [record for record in fxq.graph_records(qmodel) if record["op"] == "add"]
+    assert [record["type"] for record in adds] == ["float"]
