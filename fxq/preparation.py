@@ -7,6 +7,7 @@ from torch import nn
 from fxq.config import ResolvedConfig, qualified_name
 from fxq.errors import InputError, TraceError
 from fxq.graph_module import BACKEND, QuantModule
+from fxq.hooks import forward_needs_hooks, gives_the_same
 from fxq.op_table import Backend
 from fxq.partition import (
     Inputs,
@@ -181,7 +182,13 @@ def _prepare_region(
     """A prepared region, with what its float modules got and did on the example inputs."""
     share = bool(path) and not borrow  # parts are of a copy
     # a part may get lists of another length, as that of the images in a batch
-    module, untraceable = trace(model, *inputs, follow_mode=training, share=share, borrow=borrow, unroll=not path)
+    needs_hooks = not path and not training and forward_needs_hooks(model, inputs)
+    module, untraceable = trace(
+        model, *inputs, follow_mode=training, share=share, borrow=borrow, unroll=not path, with_hooks=needs_hooks
+    )
+    if needs_hooks and not gives_the_same(module, model, inputs):
+        statement = "its forward hooks do what a graph cannot"
+        raise TraceError(f"{type(model).__name__} cannot be traced with torch.fx: {statement}", statement)
     plan = QuantPlan(table.name, notes=list(table.notes), model=type(model).__name__, untraceable=untraceable)
     module.meta["fxq"] = plan
     module.meta[BACKEND] = table

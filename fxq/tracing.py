@@ -23,9 +23,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
 from fxq.compiled import SCRIPTED
@@ -42,6 +39,7 @@ from fxq.copying import (
 )
 from fxq.errors import StageError, TraceError
 from fxq.graph_module import QuantModule, get_attribute, set_tensor
+from fxq.hooks import has_hooks, require_results
 from fxq.input_checks import FIXED
 from fxq.torch_transformer import LAYERS, traceable_transformers
 from fxq.training_mode import mode_flags
@@ -178,15 +176,22 @@ class Tracer(fx.Tracer):
     Args:
         inputs, keywords: example inputs; parameters of the model's forward they do not give keep their defaults.
         unroll: a list of tensors among them is traced as a list of that length.
+        with_hooks: those of layers are traced, too.
     """
 
     def __init__(
-        self, inputs: tuple[Any, ...] = (), keywords: Mapping[str, Any] | None = None, *, unroll: bool = False
+        self,
+        inputs: tuple[Any, ...] = (),
+        keywords: Mapping[str, Any] | None = None,
+        *,
+        unroll: bool = False,
+        with_hooks: bool = False,
     ) -> None:
         # Sizes are compared with max and min, which torch.fx records no more than it does other builtins by itself.
         super().__init__(autowrap_functions=(max, min))
         self._autowrap_search.append(builtins)
-        self.inputs, self.keywords, self.unroll = inputs, keywords or {}, unroll
+        self.inputs, self.keywords = inputs, keywords or {}
+        self.unroll, self.with_hooks = unroll, with_hooks
         self.untraceable: dict[str, str] = {}
         self.assigned: dict[str, fx.Proxy] = {}  # what the model computed for parameters, by path
         self._thread = threading.get_ident()
@@ -274,6 +279,8 @@ class Tracer(fx.Tracer):
             return False
         if isinstance(m, torch.jit.ScriptModule):
             return True
+        if self.with_hooks and has_hooks(m):
+            return False
         return type(m) not in LAYERS and super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
@@ -409,6 +416,7 @@ def trace(
     share: bool = False,
     borrow: bool = False,
     unroll: bool = False,
+    with_hooks: bool = False,
 ) -> tuple[QuantModule, dict[str, str]]:
     """Trace ``model`` in eval mode.
 
@@ -420,6 +428,7 @@ def trace(
         share: let the result have the parameters of ``model``, which is a copy already, instead of its own.
         borrow: let it read weights where they are, until :func:`fxq.copying.give_back`.
         unroll: where a list of tensors among the inputs keeps anything from being traced, fix its length.
+        with_hooks: trace hooks that return nothing, because the forward reads what they collect.
 
     Returns:
         The traced module and, for each float leaf that could not be traced, its path and the reason.
@@ -433,9 +442,9 @@ def trace(
     if not follow_mode:
         require_eval(model)
     modes = mode_flags(model) if follow_mode else contextlib.nullcontext()
-    with _ONE_AT_A_TIME, _left_as_it_is(model) as put_back, traceable_transformers(), modes:
+    with _ONE_AT_A_TIME, _left_as_it_is(model, with_hooks) as put_back, traceable_transformers(), modes:
         try:
-            graph, untraceable = _graph_of(model, args, kwargs, unroll)
+            graph, untraceable = _graph_of(model, args, kwargs, unroll, with_hooks)
         except Exception as error:
             statement = blocking_statement(error)
             raise TraceError(
@@ -455,17 +464,17 @@ def trace(
 
 
 def _graph_of(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], unroll: bool
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], unroll: bool, with_hooks: bool
 ) -> tuple[fx.Graph, dict[str, str]]:
     """The graph of a model, and why modules could not be traced, by path."""
-    tracer = Tracer(args, kwargs)
+    tracer = Tracer(args, kwargs, with_hooks=with_hooks)
     graph = failure = None
     try:
         graph = tracer.trace(model)
     except Exception as error:
         failure = error
     if unroll and (failure or tracer.untraceable) and any(map(_is_list_of_tensors, (*args, *kwargs.values()))):
-        again = Tracer(args, kwargs, unroll=True)
+        again = Tracer(args, kwargs, unroll=True, with_hooks=with_hooks)
         with contextlib.suppress(Exception):
             unrolled = again.trace(model)
             if failure or len(again.untraceable) < len(tracer.untraceable):
@@ -477,7 +486,7 @@ def _graph_of(
 
 
 @contextlib.contextmanager
-def _left_as_it_is(model: nn.Module) -> Iterator[Callable[[], None]]:
+def _left_as_it_is(model: nn.Module, with_hooks: bool = False) -> Iterator[Callable[[], None]]:
     """Put back whatever tracing does to a model; what is yielded does so, earlier, for attributes that are proxies now.
 
     Tracing runs each forward on the model itself: forwards that store attributes would leave proxies behind, those
@@ -490,8 +499,8 @@ def _left_as_it_is(model: nn.Module) -> Iterator[Callable[[], None]]:
         module.__dict__["_buffers"] = {
             name: t if t is None else copy_tensor(t, copies) for name, t in module._buffers.items()
         }
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            hooks.update({key: _returning(hook) for key, hook in hooks.items() if not _is_traced(hook)})
+        if not with_hooks:
+            require_results(module)
 
     def put_back() -> None:
         for module, attributes in before:
@@ -505,28 +514,6 @@ def _left_as_it_is(model: nn.Module) -> Iterator[Callable[[], None]]:
             for name in vars(module).keys() - attributes.keys():
                 del module.__dict__[name]
             module.__dict__.update(attributes)  # cleared before, it would need twice the memory from now on
-
-
-def _returning(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward hook while it is traced: one that returns nothing is there for what else it does, which a graph would
-    not do.
-    """
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        result = hook(*args, **kwargs)
-        if result is None:
-            raise TypeError("a forward hook returns nothing, and so does more than a graph can")
-        return result
-
-    return call
-
-
-def _is_traced(hook: Any) -> bool:
-    """Whether what a hook does is part of a traced forward though it returns nothing: those of older torch versions set
-    a weight that they compute, those of transformers collect outputs for the forward around them.
-    """
-    collects = (getattr(hook, "__module__", None) or "").startswith("transformers.")
-    return collects or isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm))
 
 
 def require_eval(model: nn.Module) -> None:

@@ -167,6 +167,32 @@ def test_a_hook_that_looks_at_a_part_goes_on_doing_so():
     assert {"0.0", "0.2"} <= regions_of(qmodel).keys()
 
 
+class Collecting(nn.Module):
+    """Gives what hooks on its layers collect, as feature extractors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.found = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()), []
+        for layer in self.body[1::2]:
+            layer.register_forward_hook(self.collect)
+
+    def collect(self, module, inputs, output):
+        self.found.append(output)
+
+    def forward(self, x):
+        self.found.clear()
+        self.body(x)
+        return tuple(self.found)
+
+
+def test_what_hooks_collect_for_the_forward_is_part_of_the_graph():
+    model, images = Collecting().eval(), torch.randn(2, 3, 8, 8)
+    qmodel = fxq.quantize(model, [images], progress=False)
+    assert regions_of(qmodel).keys() == {""}
+    for expected, actual in zip(outputs(model, images), outputs(qmodel, images), strict=True):
+        assert sqnr(expected, actual) > 25
+
+
 def test_a_forward_of_its_own_is_the_one_that_runs():
     def twice(self, x):
         return self.b(self.a(x)) * 2

@@ -386,7 +386,7 @@ class Pair(nn.Module):
         return self.image(image) @ self.text(text).T
 
 
-class Optional(nn.Module):
+class Spare(nn.Module):
     """Takes a second input that it can do without."""
 
     def __init__(self) -> None:
@@ -409,17 +409,17 @@ def test_members_that_the_model_fails_without_are_inputs():
 def test_members_that_may_be_labels_are_an_error_which_example_inputs_resolve():
     x, y = torch.randn(3, 4), torch.randn(3, 4)
     with pytest.raises(CalibrationError, match="a label or the optional input 'other'"):
-        fxq.quantize(Optional().eval(), batches_of(x, y), progress=False)
-    both = fxq.quantize(Optional().eval(), batches_of(x, y), example_inputs=(x, y), progress=False)
+        fxq.quantize(Spare().eval(), batches_of(x, y), progress=False)
+    both = fxq.quantize(Spare().eval(), batches_of(x, y), example_inputs=(x, y), progress=False)
     assert not torch.equal(both(x, y), both(x, 3 * y))
-    one = fxq.quantize(Optional().eval(), batches_of(x, y), example_inputs=(x,), progress=False)
+    one = fxq.quantize(Spare().eval(), batches_of(x, y), example_inputs=(x,), progress=False)
     assert one(x).shape == (3, 4)
-    assert "linear" in fxq.compare(Optional().eval(), one, batches_of(x, y), example_inputs=(x,))
+    assert "linear" in fxq.compare(Spare().eval(), one, batches_of(x, y), example_inputs=(x,))
 
 
 def test_a_member_that_is_none_is_no_label():
     x = torch.randn(3, 4)
-    assert fxq.quantize(Optional().eval(), batches_of(x, None), progress=False)(x).shape == (3, 4)
+    assert fxq.quantize(Spare().eval(), batches_of(x, None), progress=False)(x).shape == (3, 4)
 
 
 def test_members_in_the_place_of_targets_are_labels():
