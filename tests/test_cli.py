@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_graph_json import closed, node, opened
 
 import fxq
 from fxq.cli import main
@@ -277,6 +278,46 @@ def test_convert(to: str, project: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "none/net: cannot be written" in capsys.readouterr().err
 
 
+def test_convert_into_what_is_no_new_file(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize("--quiet") == 0
+    capsys.readouterr()
+    for to in ("torchscript", "exported"):
+        assert main(["convert", "tiny.fxq", "--to", to, "--out", "photos"]) == 1
+        assert "photos: cannot be written (Is a directory)" in the_error(capsys)
+    assert main(["convert", ".", "--to", "torchscript"]) == 1
+    assert ".: cannot be read (Is a directory)" in the_error(capsys)
+    Path("tiny.pt").write_bytes(before := Path("tiny.fxq").read_bytes())
+    assert main(["convert", "tiny.pt", "--to", "torchscript"]) == 1
+    assert "tiny.pt: this is the model itself; name another file with --out" in the_error(capsys)
+    assert Path("tiny.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options", [["onnx", "--backend", "x86"], ["torchscript", "--clips"], ["torchscript", "--fixed-batch"]]
+)
+def test_options_of_another_format(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["convert", "tiny.fxq", "--to", *options])
+    assert exit_.value.code == 2
+    assert "is for --to" in capsys.readouterr().err
+
+
+def test_a_forged_file_is_one_line(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of no graph, or of one that no kernel takes: nothing is done, and that is said."""
+    assert quantize("--quiet") == 0
+    capsys.readouterr()
+    content, tensors = opened(Path("tiny.fxq").read_bytes())
+    args = node(content["regions"][""], "call_function", "op:conv2d")["args"]["tuple"]
+    args[3:] = ["one", {"tuple": [1, 1]}, 1, "groups"]
+    Path("kernel.fxq").write_bytes(closed(content, tensors))
+    Path("empty.fxq").write_bytes(closed({}, {}))
+    Path("parts.fxq").write_bytes(closed({"partition": ["", {}, 0, False], "regions": {}, "model": "Net"}, {}))
+    for name in ("kernel.fxq", "empty.fxq", "parts.fxq"):
+        for command in (["inspect"], ["bench"], ["convert", "--to", "torchscript"], ["convert", "--to", "exported"]):
+            assert main([command[0], name, *command[1:]]) == 1
+            assert name in (error := the_error(capsys)) or "torch.export refuses the model" in error
+
+
 def test_convert_runs_the_same_numbers(project: Path) -> None:
     assert quantize("--quiet") == 0
     assert main(["convert", "tiny.fxq", "--to", "torchscript", "--backend", "qnnpack", "--out", "q.pt"]) == 0
@@ -357,3 +398,6 @@ def test_bench(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in out.splitlines()[-2:]] == ["float", "int8"]
     assert torch.get_num_threads() == before
     assert main(["bench", "none.fxq"]) == 1
+    capsys.readouterr()
+    assert main(["bench", "tiny.fxq", "--threads", "1000000"]) == 1
+    assert "--threads 1000000: this machine has" in the_error(capsys)

@@ -216,6 +216,25 @@ def test_missing_folder(tmp_path: Path) -> None:
         fxq.save(reference_of(model(), X), tmp_path / "none" / "net.fxq")
 
 
+def test_file_objects(saved: Path) -> None:
+    buffer = io.BytesIO()
+    fxq.save(fxq.load_reference(saved), buffer)
+    assert buffer.getvalue() == saved.read_bytes()
+    buffer.seek(0)
+    bits(fxq.load(buffer)(X), fxq.load(saved)(X))
+    with pytest.raises(FileFormatError, match="BytesIO object: not an fxq file"):
+        fxq.load(buffer)
+
+
+@pytest.mark.parametrize("path", ["", "a" * 300, "a\0b", 3])
+def test_what_is_no_path(path: str, saved: Path) -> None:
+    with pytest.raises(FxqError, match="cannot be written"):
+        fxq.save(fxq.load_reference(saved), path)
+    for read in (fxq.load, fxq.load_reference, load_for_tables):
+        with pytest.raises(FileFormatError, match="cannot be read"):
+            read(path)
+
+
 def test_a_failed_save_leaves_the_old_file(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "net.fxq").write_bytes(saved.read_bytes())
 

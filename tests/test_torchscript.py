@@ -134,6 +134,8 @@ def test_refused(tmp_path: Path) -> None:
         fxq.to_torchscript(quiet(fxq.quantize, Branches().eval(), [X]))
     with pytest.raises(FxqError, match=r"none/net\.pt: cannot be written"):
         fxq.to_torchscript(quantized("residual"), path=tmp_path / "none" / "net.pt")
+    with pytest.raises(FxqError, match=r"cannot be written \(Is a directory\)"):
+        fxq.to_torchscript(quantized("residual"), path=tmp_path)
     with pytest.raises(FxqError, match=r"node 'depthwise' needs a kernel of onednn beside those of fbgemm.*'x86'"):
         fxq.to_torchscript(quantized("depthwise", "fbgemm"))
 
