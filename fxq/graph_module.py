@@ -13,6 +13,7 @@ from torch import fx, nn
 from fxq.engine import running
 from fxq.errors import ConfigError, InputError, StageError
 from fxq.input_checks import explain_inputs, require_float32
+from fxq.keyword_paths import allow_keywords
 from fxq.lazy_code import TEXTS, Uncompiled
 from fxq.outside_reads import Described
 from fxq.pickling import Record, graph_of, records_of
@@ -73,6 +74,7 @@ class QuantModule(fx.GraphModule):
 
     def recompile(self) -> None:  # type: ignore[override]
         """Forget the code of an earlier graph; that of this one is written when something runs or reads it."""
+        allow_keywords(self.graph)
         for name in TEXTS:
             vars(self).pop(name, None)
         type(self).forward = Uncompiled(self)  # type: ignore[assignment]
