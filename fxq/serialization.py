@@ -38,6 +38,7 @@ from fxq.partition import (
     state_outside,
 )
 from fxq.plan_json import check_loaded, decode_plan, encode_plan
+from fxq.record_classes import Classes, classes_of, without_code
 from fxq.schema import wrong_field
 from fxq.whole_files import File, file_name, read_file, write_file
 from fxq.zip_check import check_members
@@ -136,9 +137,9 @@ def load_reference(path: File, *, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         path: a file that :func:`save` wrote, or a binary file object.
-        model: the float model, for a file that needs its code: a model quantized in regions, or one that calls
-            modules which are not of torch. Only its code is used, and it is left as it is; every parameter and
-            buffer comes from the file.
+        model: the float model, for a file that needs its code: a model quantized in regions, one that calls modules
+            which are not of torch, or one that returns a class (a dataclass, a named tuple, a ``ModelOutput``). Only
+            its code is used, and it is left as it is; every parameter and buffer comes from the file.
 
     Raises:
         FileFormatError: if the file is missing, no fxq file, of another version, truncated or corrupt.
@@ -176,7 +177,7 @@ def load_for_tables(path: File, backend: str | None = None) -> nn.Module:
     """
     content, tensors = _verified(path)
     with _named(path):
-        regions = _decode_regions(content, tensors, None)
+        regions = _decode_regions(content, tensors, None, without_code)
         if content["partition"] is None:
             return _lowered(path, regions[""], backend)
         model = _without_code(content["model"], regions)
@@ -216,13 +217,16 @@ def _named(path: File) -> Iterator[None]:
         raise FileFormatError(f"{file_name(path)}: its graph is malformed ({type(error).__name__}: {error})") from error
 
 
-def _decode_regions(content: dict[str, Any], tensors: Tensors, model: nn.Module | None) -> dict[str, QuantModule]:
+def _decode_regions(
+    content: dict[str, Any], tensors: Tensors, model: nn.Module | None, classes: Classes | None = None
+) -> dict[str, QuantModule]:
     """The outermost regions, with those inside in their leaves."""
     regions: dict[str, QuantModule] = {}
+    classes = classes or classes_of(model)
     for place in sorted(content["regions"], key=len, reverse=True):  # the inner ones first
         prefix = f"{place}." if place else ""
         inside = {inner: regions.pop(inner) for inner in list(regions) if inner.startswith(prefix)}
-        regions[place] = decode_region(place, content["regions"][place], tensors, model, inside)
+        regions[place] = decode_region(place, content["regions"][place], tensors, model, inside, classes)
     return regions
 
 
@@ -257,11 +261,13 @@ def decode_region(
     tensors: Tensors,
     model: nn.Module | None,
     inside: Mapping[str, QuantModule] | None = None,
+    classes: Classes | None = None,
 ) -> QuantModule:
     """A region from what :func:`encode_region` made.
 
     Args:
         inside: regions in its leaf modules, by their place in the whole model.
+        classes: looks up the classes of results; by default there are none.
 
     Raises:
         Exception: of any kind, for anything else.
@@ -273,7 +279,7 @@ def decode_region(
         prefix = f"{where}."
         inner = {name.removeprefix(prefix): r for name, r in (inside or {}).items() if name.startswith(prefix)}
         modules[path] = decode_leaf(leaf, where, tensors[f"module {place} {path}"], model, inner)
-    graph = decode_graph(record["nodes"], parts.keys(), modules.keys())
+    graph = decode_graph(record["nodes"], parts.keys(), modules.keys(), classes)
     plan = decode_plan(record["plan"])
     plan.check(graph)
     check_loaded(plan, graph)

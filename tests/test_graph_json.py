@@ -450,6 +450,7 @@ def test_values_round_trip() -> None:
     [
         (lambda g, x: g.call_function(print, (x,)), r"node 'print_1' calls .*print"),
         (lambda g, x: g.call_method("backward", (x,)), r"node 'backward' calls the method 'backward'"),
+        (lambda g, x: g.call_function(getattr, (x, "grad_fn")), r"node 'getattr_1' reads the attribute 'grad_fn'"),
         (lambda g, x: g.call_function(torch.add, (x, 1j)), r"node 'add' has an argument of type complex"),
     ],
 )

@@ -51,6 +51,10 @@ CASES = {
     "channels-last": lambda m, x: m.b(m.a(x).contiguous(memory_format=torch.channels_last)),
     "device": lambda m, x: m.a(x) + torch.arange(8, dtype=torch.float32, device=torch.device("cpu")),
     "dtype": lambda m, x: m.a(x).to(torch.float64).sum(dtype=torch.float64),
+    "rfft2": lambda m, x: m.b(torch.fft.irfft2(torch.fft.rfft2(m.a(x)) * m.spectrum)),
+    "stft": lambda m, x: torch.stft(m.a(x).flatten(1), 32, window=m.window, return_complex=True).abs(),
+    "complex": lambda m, x: m.b(torch.complex(m.a(x), m.a(x)).to(torch.complex128).imag.float()),
+    "fields": lambda m, x: m.a(x).max(1).values + m.a(x).sort(1).indices[:, 0],
     "outputs": lambda m, x: {"a": m.a(x), "rest": (m.b(m.a(x)), [x])},
     "shared": shared_weight,
     "attention": attention,
@@ -60,7 +64,10 @@ CASES = {
 
 def model(forward=CASES["add"]) -> Lambda:
     torch.manual_seed(3)
-    return Lambda(forward, a=conv(), b=conv(4, 4), mha=nn.MultiheadAttention(4, 2, batch_first=True))
+    return Lambda(
+        forward, a=conv(), b=conv(4, 4), mha=nn.MultiheadAttention(4, 2, batch_first=True),
+        spectrum=torch.randn(4, 8, 5, dtype=torch.complex64).conj(), window=torch.hann_window(32),
+    )  # fmt: skip
 
 
 def reference_of(net: nn.Module, *inputs: torch.Tensor, backend="x86") -> nn.Module:
