@@ -1,10 +1,10 @@
 """A reference graph as JSON, and back. Nothing in it can name code outside a fixed list.
 
 Functions and methods are written by name and looked up again only in a list of harmless ones
-(:mod:`fxq.file_functions`); modules must be those the reader has made (:mod:`fxq.leaves`); what torch.fx writes into
-the code of ``forward`` (inputs, keywords, paths of tensors and modules) must be plain names. So neither reading nor
-running a graph executes anything that the file brings. Classes of results are looked up in the code of the model that
-the reader has (:mod:`fxq.record_classes`).
+(:mod:`fxq.file_functions`), some with checks that torch lacks (:mod:`fxq.checked_functions`); modules must be those the
+reader has made (:mod:`fxq.leaves`), and classes of results those of the model that the reader has
+(:mod:`fxq.record_classes`); what torch.fx writes into the code of ``forward`` (inputs, keywords, paths of tensors and
+modules) must be plain names. So neither reading nor running a graph executes anything that the file brings.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.fx import Node
 
+from fxq.checked_functions import TORCHS, checked
 from fxq.errors import FileFormatError, FxqError
 from fxq.file_functions import functions, tensor_methods
 from fxq.record_classes import Classes, classes_of, record_name
@@ -59,7 +60,7 @@ def encode_graph(graph: fx.Graph) -> list[dict[str, Any]]:
 
 
 def _encode_node(node: Node, names: dict[Any, str]) -> dict[str, Any]:
-    target: Any = node.target
+    target: Any = TORCHS.get(node.target, node.target)
     if node.op == "call_function":
         record = record_name(target)
         if record is None and target not in names:
@@ -129,7 +130,7 @@ def decode_graph(
             raise FileFormatError(f"node '{name}' has a keyword argument whose name is no identifier")
         if target is getattr and args[1] not in _ATTRIBUTES:
             raise FileFormatError(f"node '{name}' reads the attribute '{args[1]}', which a file may not read")
-        nodes[name] = graph.create_node(op, target, args, kwargs, name=name)
+        nodes[name] = graph.create_node(*checked(op, target), args, kwargs, name=name)
         if nodes[name].name != name:
             raise FileFormatError(f"'{name}' is the name of two nodes, or cannot be the name of one")
     if [node.op for node in graph.nodes].count("output") != 1:

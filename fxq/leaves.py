@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxq.checked_functions import require_sizes
 from fxq.config import qualified_name
 from fxq.copying import copy_structure
 from fxq.errors import ConfigError, FileFormatError
@@ -94,6 +95,7 @@ def _rebuilt(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
         raise FileFormatError(f"a {cls.__name__} has no arguments {sorted(arguments)}")
     if issubclass(cls, nn.RNNBase) and not 0 < arguments["num_layers"] <= min(len(tensors), _MAX_LAYERS):
         raise FileFormatError(f"a {cls.__name__} of {arguments['num_layers']} layers with {len(tensors)} tensors")
+    require_sizes(arguments)
     with torch.device("meta"):
         return cls(**arguments)
 
