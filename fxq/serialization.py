@@ -40,6 +40,7 @@ from fxq.partition import (
 from fxq.plan_json import check_loaded, decode_plan, encode_plan
 from fxq.record_classes import Classes, classes_of, without_code
 from fxq.schema import wrong_field
+from fxq.tensor_checks import check_tensors
 from fxq.whole_files import File, file_name, read_file, write_file
 from fxq.zip_check import check_members
 
@@ -285,6 +286,7 @@ def decode_region(
     check_loaded(plan, graph)
     module = make_module(plan.model, graph, parts | modules)
     module.graph.lint()
+    check_tensors(module)
     module.write_code()  # what cannot be written shows here, and not when it first runs
     module.meta["fxq"] = plan
     module.offer_descriptions()
