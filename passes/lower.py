@@ -284,7 +284,7 @@ class Lowering:
         lowered.meta["fxq"] = self.plan
         lowered.meta[REFERENCE], lowered.meta[BACKEND] = self.reference, self.backend
         lowered.meta[ENGINES] = dict(self.engines)
-        lowered.offer_descriptions()
+        lowered.release_unused()
         lowered.graph.lint()
         self.plan.check(lowered.graph)
         return lowered
