@@ -81,7 +81,7 @@ def classes_of(model: nn.Module | None) -> Classes:
     return find
 
 
-def without_code(name: str) -> Any:
+def class_without_code(name: str) -> Any:
     """A class of that name, for tables: it cannot be called."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:

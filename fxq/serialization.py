@@ -22,10 +22,10 @@ from torch import nn
 
 from fxq.api import lower
 from fxq.backends import BACKENDS, get_backend
-from fxq.errors import BackendError, ConfigError, FileFormatError, FxqError, StageError
+from fxq.errors import BackendError, ConfigError, FileFormatError, FxqError
 from fxq.graph_json import decode_graph, encode_graph
 from fxq.graph_module import QuantModule, get_attribute, make_module
-from fxq.leaves import decode_leaf, encode_leaf
+from fxq.leaves import decode_leaf, encode_leaf, without_code
 from fxq.op_table import Backend
 from fxq.partition import (
     Partition,
@@ -38,7 +38,7 @@ from fxq.partition import (
     state_outside,
 )
 from fxq.plan_json import check_loaded, decode_plan, encode_plan
-from fxq.record_classes import Classes, classes_of, without_code
+from fxq.record_classes import class_without_code, classes_of
 from fxq.schema import wrong_field
 from fxq.tensor_checks import check_tensors
 from fxq.whole_files import File, file_name, read_file, write_file
@@ -154,19 +154,21 @@ def load_reference(path: File, *, model: nn.Module | None = None) -> nn.Module:
 def load_regions(path: File) -> dict[str, QuantModule]:
     """The reference graphs of a file by module path, without the code around them; a whole model is at path ``""``.
 
+    One that calls modules which are not of torch, or returns a class, cannot be run.
+
     Raises:
         FileFormatError: as :func:`load_reference`.
-        ConfigError: if a graph calls modules that are not of torch.
     """
     content, tensors = _verified(path)
     with _named(path):
-        return _decode_regions(content, tensors, None)
+        return _decode_regions(content, tensors, None, stand_ins=True)
 
 
 def load_for_tables(path: File, backend: str | None = None) -> nn.Module:
     """A lowered model to print tables of, from the file alone.
 
-    A model that was quantized in regions has them at their places, without the code around them: it cannot be called.
+    A model that was quantized in regions has them at their places, without the code around them, and modules whose code
+    a file does not hold are empty: it cannot be called.
 
     Args:
         path: a file that :func:`save` wrote.
@@ -174,37 +176,15 @@ def load_for_tables(path: File, backend: str | None = None) -> nn.Module:
 
     Raises:
         FileFormatError, BackendError: as :func:`load`.
-        ConfigError: if a graph calls modules that are not of torch.
     """
     content, tensors = _verified(path)
     with _named(path):
-        regions = _decode_regions(content, tensors, None, without_code)
+        regions = _decode_regions(content, tensors, None, stand_ins=True)
         if content["partition"] is None:
             return _lowered(path, regions[""], backend)
-        model = _without_code(content["model"], regions)
+        model = without_code(content["model"], regions)
         set_partition(model, _partition(content))
     return _lowered(path, model, backend)
-
-
-class _WithoutCode(nn.Module):
-    """In the place of a module whose code a file does not hold."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise StageError("the code around the parts of this model is missing: fxq.load it with model= the float model")
-
-
-def _without_code(name: str, regions: Mapping[str, QuantModule]) -> nn.Module:
-    """Regions at their places in a model that has nothing else."""
-    root: nn.Module = type(name, (_WithoutCode,), {})()
-    for path, region in regions.items():
-        *outer, last = path.split(".")
-        module = root
-        for step in outer:
-            if step not in module._modules:
-                module.add_module(step, _WithoutCode())
-            module = module.get_submodule(step)
-        module.add_module(last, region)
-    return root
 
 
 @contextlib.contextmanager
@@ -219,15 +199,14 @@ def _named(path: File) -> Iterator[None]:
 
 
 def _decode_regions(
-    content: dict[str, Any], tensors: Tensors, model: nn.Module | None, classes: Classes | None = None
+    content: dict[str, Any], tensors: Tensors, model: nn.Module | None, stand_ins: bool = False
 ) -> dict[str, QuantModule]:
     """The outermost regions, with those inside in their leaves."""
     regions: dict[str, QuantModule] = {}
-    classes = classes or classes_of(model)
     for place in sorted(content["regions"], key=len, reverse=True):  # the inner ones first
         prefix = f"{place}." if place else ""
         inside = {inner: regions.pop(inner) for inner in list(regions) if inner.startswith(prefix)}
-        regions[place] = decode_region(place, content["regions"][place], tensors, model, inside, classes)
+        regions[place] = decode_region(place, content["regions"][place], tensors, model, inside, stand_ins)
     return regions
 
 
@@ -262,13 +241,13 @@ def decode_region(
     tensors: Tensors,
     model: nn.Module | None,
     inside: Mapping[str, QuantModule] | None = None,
-    classes: Classes | None = None,
+    stand_ins: bool = False,
 ) -> QuantModule:
     """A region from what :func:`encode_region` made.
 
     Args:
         inside: regions in its leaf modules, by their place in the whole model.
-        classes: looks up the classes of results; by default there are none.
+        stand_ins: let empty modules and classes stand for those whose code is missing.
 
     Raises:
         Exception: of any kind, for anything else.
@@ -279,7 +258,8 @@ def decode_region(
         where = join(place, path)
         prefix = f"{where}."
         inner = {name.removeprefix(prefix): r for name, r in (inside or {}).items() if name.startswith(prefix)}
-        modules[path] = decode_leaf(leaf, where, tensors[f"module {place} {path}"], model, inner)
+        modules[path] = decode_leaf(leaf, where, tensors[f"module {place} {path}"], model, inner, stand_ins)
+    classes = class_without_code if stand_ins else classes_of(model)
     graph = decode_graph(record["nodes"], parts.keys(), modules.keys(), classes)
     plan = decode_plan(record["plan"])
     plan.check(graph)

@@ -54,7 +54,7 @@ def to_torchscript(model: nn.Module, example_inputs: Any = None, path: File | No
     Raises:
         StageError: if the model is not quantized.
         FxqError: for a model in regions or one that takes numbers from values (``item``), a layer that needs a second
-            engine, or a file that cannot be written.
+            engine, what ``torch.jit.trace`` refuses, or a file that cannot be written.
 
     Example:
         >>> fxq.to_torchscript(qmodel, path="model.pt")                               # doctest: +SKIP
@@ -88,7 +88,13 @@ def to_torchscript(model: nn.Module, example_inputs: Any = None, path: File | No
         )
     with warnings.catch_warnings(), torch.no_grad(), running():
         warnings.simplefilter("ignore")  # TorchScript is deprecated, and says so for every trace
-        traced = torch.jit.trace(fx.GraphModule(lowered, lowered.graph), inputs, strict=False, check_trace=False)
+        try:
+            traced = torch.jit.trace(fx.GraphModule(lowered, lowered.graph), inputs, strict=False, check_trace=False)
+        except FxqError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise FxqError(f"torch.jit.trace refuses the model ({type(error).__name__}: {reason})") from error
         torch._C._jit_pass_inline(traced.graph)  # a file cannot hold calls of functions of their own
         if path is not None:
             buffer = io.BytesIO()

@@ -15,7 +15,7 @@ from test_graph_json import closed, node, opened
 
 import fxq
 from fxq.cli import main
-from fxq.errors import FxqWarning
+from fxq.errors import FxqError, FxqWarning
 from fxq.image_folder import ImageFolder
 from fxq.models import load_model, preprocessing
 
@@ -386,6 +386,54 @@ def test_part_by_part(project: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert "backbone: Sequential, backend x86, input [7, 3, 32, 32], 1 threads" in out
     assert "head: Head: not timed" in out
+
+
+FOREIGN = """
+import torch
+from torch import nn
+
+class Branch(nn.Module):
+    def forward(self, x):
+        return x if float(x.sum()) != 0 else -x
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.branch, self.last = nn.Conv2d(8, 4, 1), Branch(), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.last(self.branch(self.conv(x)))
+
+class Foreign(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), Head()
+
+    def forward(self, x):
+        y = self.backbone(x)
+        return self.head(y) if float(x.sum()) != 0 else y
+"""
+
+
+def test_a_part_whose_code_a_file_does_not_hold(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tables are printed, and the others are converted and timed."""
+    Path("foreign_of_cli_tests.py").write_text(FOREIGN)
+    options = ["--calibrate", "photos", "--out", "net.fxq", "--size", "32", "--quiet"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(["quantize", "foreign_of_cli_tests:Foreign", *options]) == 0
+        with pytest.raises(FxqError, match=r"'head\.branch'"):
+            fxq.load("net.fxq")
+        capsys.readouterr()
+        assert main(["inspect", "net.fxq", "--table", "all"]) == 0
+        assert "head" in capsys.readouterr().out
+        assert main(["convert", "net.fxq", "--to", "torchscript"]) == 1
+        out, err = capsys.readouterr()
+        assert "saved net.backbone.pt (" in out and "1 of its parts" in err and "'head'" in err
+        assert main(["bench", "net.fxq", "--threads", "1", "--seconds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "backbone: Sequential, backend" in out
+    assert "head: Head: not timed; the code of 'foreign_of_cli_tests.Branch' is missing" in out
 
 
 def test_bench(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

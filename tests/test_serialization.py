@@ -313,6 +313,10 @@ def test_a_module_of_ones_own_comes_from_the_model(tmp_path: Path) -> None:
         fxq.load(path)
     other = with_leaf(Untraceable())
     other.leaf.scale.data.fill_(9.0)  # its code is wanted, not its weights
+    shown = load_for_tables(path)
+    assert tables(shown) == tables(quiet(fxq.lower, reference, "x86"))
+    with pytest.raises(StageError, match="model= the float model"):
+        shown(X)
     loaded = fxq.load(path, model=other)
     bits(loaded(X), quiet(fxq.lower, reference, "x86")(X))
     assert tables(loaded) == tables(quiet(fxq.lower, reference, "x86"))

@@ -171,3 +171,15 @@ def test_numbers_taken_from_values_are_refused() -> None:
     qmodel = fxq.quantize(model, [torch.randn(1, 3, 8, 8)], progress=False)
     with pytest.raises(FxqError, match=r"'item' takes numbers from the values"):
         fxq.to_torchscript(qmodel)
+
+
+@pytest.mark.parametrize("inputs", [torch.randn(2, 5, 8, 8), torch.randint(0, 9, (2, 3, 8, 8))])
+def test_inputs_that_the_model_does_not_take(inputs: torch.Tensor) -> None:
+    with pytest.raises(FxqError):
+        fxq.to_torchscript(quantized("residual"), inputs)
+
+
+def test_outputs_that_torchscript_has_no_type_for() -> None:
+    model = Lambda(lambda m, x: {"o": m.a(x), "z": [m.a(x), (x,)]}, a=conv())
+    with pytest.raises(FxqError, match=r"torch\.jit\.trace refuses the model \(RuntimeError"):
+        fxq.to_torchscript(quiet(fxq.quantize, model, [X]))
