@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-from fxq.checked_functions import TORCHS, checked
+from fxq.checked_functions import TORCHS, checked, require_sizes
 from fxq.errors import FileFormatError, FxqError
 from fxq.file_functions import functions, tensor_methods
 from fxq.record_classes import Classes, classes_of, record_name
@@ -130,6 +130,8 @@ def decode_graph(
             raise FileFormatError(f"node '{name}' has a keyword argument whose name is no identifier")
         if target is getattr and args[1] not in _ATTRIBUTES:
             raise FileFormatError(f"node '{name}' reads the attribute '{args[1]}', which a file may not read")
+        if op == "call_function" and record["target"].partition(":")[2].startswith("conv"):
+            require_sizes((args, kwargs))  # which torch adds up and multiplies without a look at overflows
         nodes[name] = graph.create_node(*checked(op, target), args, kwargs, name=name)
         if nodes[name].name != name:
             raise FileFormatError(f"'{name}' is the name of two nodes, or cannot be the name of one")

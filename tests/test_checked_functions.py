@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models_for_tests import Lambda, conv, quiet
-from test_graph_json import closed, opened
+from test_graph_json import closed, node, opened
 from torch import nn
 
 import fxq
@@ -64,6 +64,16 @@ def test_sizes_that_overflow(options: dict[str, Any]) -> None:
         unfold(X, 8, **options)
     with pytest.raises(ValueError, match="is no size"):
         fold(X, (8, 8), 8, **options)
+
+
+@pytest.mark.parametrize("position", [3, 4, 5, 6])
+def test_a_convolution_whose_sizes_overflow(position: int) -> None:
+    buffer = io.BytesIO()
+    fxq.save(quiet(fxq.quantize, Lambda(lambda m, x: m.a(x), a=conv()), [X]), buffer)
+    content, tensors = opened(buffer.getvalue())
+    node(content["regions"][""], "call_function", "op:conv2d")["args"]["tuple"][position] = 1 << 61
+    with pytest.raises(FileFormatError, match="is no size"):
+        fxq.load_reference(io.BytesIO(closed(content, tensors)))
 
 
 def test_a_layer_whose_sizes_overflow() -> None:
