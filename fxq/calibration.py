@@ -169,9 +169,7 @@ def model_inputs(batch: Any, parameters: list[inspect.Parameter]) -> tuple[tuple
     return tuple(batch[: len(names)]), {}
 
 
-def example_inputs_of(
-    model: nn.Module, batch: Any, forward_fn: ForwardFn | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_inputs_of(model: nn.Module, batch: Any, forward_fn: ForwardFn | None) -> Inputs:
     """``(args, kwargs)`` of a batch, to trace a float model with.
 
     Where forward needs one input, a list of float tensors may be ``[input, label]`` or that input: the model is tried.

@@ -218,7 +218,8 @@ def _check_writable(path: Path) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     model = load_for_tables(args.file, args.backend)
     names = list(_TABLES) if args.table == "all" else [args.table]
-    print("\n\n".join(str(_TABLES[name](model)) for name in names))
+    with cli_ship.any_error_of(args.file):
+        print("\n\n".join(str(_TABLES[name](model)) for name in names))
 
 
 _TABLES = {"summary": fxq.summary, "graph": fxq.graph_table, "fusion": fxq.fusion_table}

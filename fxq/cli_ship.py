@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +15,14 @@ from tabulate import tabulate
 
 from fxq.api import lower
 from fxq.batch_sizes import example_inputs
-from fxq.errors import FxqError
+from fxq.errors import ConfigError, FxqError, StageError
 from fxq.exported import to_exported_program
 from fxq.graph_module import QuantModule
 from fxq.onnx_export import to_onnx
 from fxq.serialization import load_regions
 from fxq.timing import float_graph, measure
 from fxq.torchscript import to_torchscript
+from fxq.whole_files import write_file
 
 CONVERT_TEXT = "write a saved model for another runtime"
 CONVERT_EPILOG = """\
@@ -42,6 +47,7 @@ Both run in this process and take turns. The float graph has BatchNorm folded, a
 was quantized part by part, each part is timed, with inputs of the sizes it was prepared with.
 """
 _SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "exported": ".pt2"}
+_ONLY_FOR = {"backend": ("torchscript",), "clips": ("onnx",), "fixed_batch": ("onnx", "exported")}
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,19 +58,24 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", metavar="NAME", help="for torchscript: kernels of this backend")
     parser.add_argument("--clips", action="store_true", help="for onnx: clips instead of quantize/dequantize")
     parser.add_argument("--fixed-batch", action="store_true", help="for onnx and exported: the example's batch size")
-    parser.set_defaults(run=convert)
+    parser.set_defaults(run=convert, wrong_usage=parser.error)
 
 
 def convert(args: argparse.Namespace) -> None:
     """Run ``fxq convert``: one file, or one for each part of a model that was quantized part by part."""
+    for option, formats in _ONLY_FOR.items():
+        if getattr(args, option) and args.to not in formats:
+            args.wrong_usage(f"--{option.replace('_', '-')} is for --to {' and '.join(formats)}")
+    regions = load_regions(args.file)
     out = args.out or args.file.with_suffix(_SUFFIXES[args.to])
     refused = []
-    for place, reference in load_regions(args.file).items():
-        path = out.with_name(f"{out.stem}.{place}{out.suffix}") if place else out
+    for place, reference in regions.items():
+        path = out.with_name(f"{out.stem}.{place.replace(os.sep, '_')}{out.suffix}") if place else out
         try:
             if place and not _takes_tensors(reference):
                 raise FxqError("it takes other inputs than tensors; convert a module around it or the parts inside")
-            _write(reference, path, args)
+            with any_error_of(args.file):
+                _write(reference, path, args)
         except FxqError as error:
             if not place:
                 raise
@@ -75,17 +86,28 @@ def convert(args: argparse.Namespace) -> None:
         raise FxqError(f"{args.file}: {len(refused)} of its parts cannot be converted; {'; '.join(refused)}")
 
 
+@contextlib.contextmanager
+def any_error_of(file: Path) -> Iterator[None]:
+    """Whatever a file's graph makes torch raise is one error, which names the file."""
+    try:
+        yield
+    except (FxqError, OSError):
+        raise
+    except Exception as error:
+        raise FxqError(f"{file}: its graph cannot be used ({type(error).__name__}: {error})") from error
+
+
 def _write(reference: QuantModule, path: Path, args: argparse.Namespace) -> None:
+    if path.exists() and path.samefile(args.file):
+        raise ConfigError(f"{path}: this is the model itself; name another file with --out")
     if args.to == "onnx":
         to_onnx(reference, path, dynamic_batch=not args.fixed_batch, qdq=not args.clips)
     elif args.to == "torchscript":
         to_torchscript(lower(reference, args.backend) if args.backend else reference, path=path)
     else:
-        program = to_exported_program(reference, dynamic_batch=not args.fixed_batch)
-        try:
-            torch.export.save(program, path)
-        except (OSError, RuntimeError) as error:
-            raise FxqError(f"{path}: cannot be written ({error})") from error
+        buffer = io.BytesIO()
+        torch.export.save(to_exported_program(reference, dynamic_batch=not args.fixed_batch), buffer)
+        write_file(path, buffer.getvalue())
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser, positive: Any) -> None:
@@ -100,14 +122,28 @@ def add_bench_arguments(parser: argparse.ArgumentParser, positive: Any) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """Run ``fxq bench``: the model, or each part of one that was quantized part by part."""
+    processors = os.cpu_count() or 1
+    if args.threads and args.threads > processors:
+        raise ConfigError(f"--threads {args.threads}: this machine has {processors} processors")
     regions = load_regions(args.file)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
     try:
-        for place, reference in regions.items():
-            _bench(place, reference, args)
+        with any_error_of(args.file):
+            for place, reference in regions.items():
+                _bench_part(place, reference, args)
     finally:
         torch.set_num_threads(before)
+
+
+def _bench_part(place: str, reference: QuantModule, args: argparse.Namespace) -> None:
+    """One part, unless its code is missing: that says nothing of the others."""
+    try:
+        _bench(place, reference, args)
+    except StageError as error:
+        if not place:
+            raise
+        print(f"{place}: {reference.plan.model}: not timed; {error}\n")
 
 
 def _bench(place: str, reference: QuantModule, args: argparse.Namespace) -> None:

@@ -48,6 +48,7 @@ def to_exported_program(
 
     Raises:
         StageError: if the model is not quantized.
+        InputError: for example inputs that are neither a tensor nor a tuple.
         FxqError: for a model in regions, or one that ``torch.export`` refuses.
 
     Example:
@@ -79,6 +80,8 @@ def to_exported_program(
 
 
 def _as_tuple(inputs: Any) -> tuple[Any, ...]:
+    if not isinstance(inputs, (torch.Tensor, tuple, list)):
+        raise InputError(f"the example inputs are a {type(inputs).__name__}; give a tensor or a tuple of inputs")
     return (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
 
 

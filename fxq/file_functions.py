@@ -2,7 +2,8 @@
 
 A list of what is allowed, and not of what is not: torch has functions that read or write where their arguments say
 (``Tensor.new(cdata=...)`` takes an address), trust the indices of sparse tensors, or call Python back. Here are those
-that compute dense tensors from dense tensors and check what they are given.
+that compute dense tensors from dense tensors and check what they are given; for the few that do not check all of it,
+there is :mod:`fxq.checked_functions`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ cat ceil celu cholesky cholesky_solve clamp clamp_max clamp_min clip conj conj_p
 count_nonzero cov cross cummax cummin cumprod cumsum cumulative_trapezoid deg2rad det diff digamma dist div divide dot
 eq equal erf erfc erfinv exp exp2 expm1 fix float_power floor floor_divide fmax fmin fmod frac frexp gcd ge greater
 greater_equal gt hardshrink heaviside histc hypot i0 igamma igammac imag inner inverse isclose isfinite isin isinf
-isnan isneginf isposinf isreal kron kthvalue lcm ldexp le lerp less less_equal lgamma log log10 log1p log2 log_softmax
+isnan isneginf isposinf isreal kron kthvalue ldexp le lerp less less_equal lgamma log log10 log1p log2 log_softmax
 logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logsumexp lt matmul
 matrix_exp matrix_power max maximum mean median min minimum mm mode msort mul multinomial multiply mv mvlgamma
 nan_to_num nanmean nanmedian nanquantile nansum ne neg negative nextafter norm not_equal outer pinverse polygamma

@@ -1,9 +1,10 @@
 """A reference graph as JSON, and back. Nothing in it can name code outside a fixed list.
 
 Functions and methods are written by name and looked up again only in a list of harmless ones
-(:mod:`fxq.file_functions`); modules must be those the reader has made (:mod:`fxq.leaves`); what torch.fx writes into
-the code of ``forward`` (inputs, keywords, paths of tensors and modules) must be plain names. So neither reading nor
-running a graph executes anything that the file brings.
+(:mod:`fxq.file_functions`), some with checks that torch lacks (:mod:`fxq.checked_functions`); modules must be those the
+reader has made (:mod:`fxq.leaves`), and classes of results those of the model that the reader has
+(:mod:`fxq.record_classes`); what torch.fx writes into the code of ``forward`` (inputs, keywords, paths of tensors and
+modules) must be plain names. So neither reading nor running a graph executes anything that the file brings.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import torch
 from torch import fx
 from torch.fx import Node
 
+from fxq.checked_functions import TORCHS, checked, require_sizes
 from fxq.errors import FileFormatError, FxqError
 from fxq.file_functions import functions, tensor_methods
+from fxq.record_classes import Classes, classes_of, record_name
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
         torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16,
-        torch.int32, torch.int64, torch.bool,
+        torch.int32, torch.int64, torch.bool, torch.complex64, torch.complex128,
     )
 }  # fmt: skip
 _MEMORY_FORMATS = {
@@ -30,7 +33,13 @@ _MEMORY_FORMATS = {
     for order in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 }
 
-_ATTRIBUTES = frozenset({"shape", "ndim", "device", "dtype", "data", "T", "mT"})
+# Of tensors; "values" and "indices" of what max and the like return.
+_ATTRIBUTES = frozenset(
+    {"shape", "ndim", "device", "dtype", "data", "T", "mT", "H", "mH", "real", "imag", "values", "indices"}
+)
+
+
+_CLASS = "class:"
 
 
 def _is_path(path: str) -> bool:
@@ -51,11 +60,14 @@ def encode_graph(graph: fx.Graph) -> list[dict[str, Any]]:
 
 
 def _encode_node(node: Node, names: dict[Any, str]) -> dict[str, Any]:
-    target: Any = node.target
+    target: Any = TORCHS.get(node.target, node.target)
     if node.op == "call_function":
-        if target not in names:
+        record = record_name(target)
+        if record is None and target not in names:
             raise FxqError(f"node '{node.name}' calls {target!r}, which is not one of torch's own functions")
-        target = names[target]
+        target = f"{_CLASS}{record}" if record else names[target]
+    if node.target is getattr and node.args[1] not in _ATTRIBUTES:
+        raise FxqError(f"node '{node.name}' reads the attribute '{node.args[1]}', which a file may not read")
     if node.op == "call_method" and target not in tensor_methods():
         raise FxqError(f"node '{node.name}' calls the method '{target}', which a file may not call")
     args, kwargs = (encode_value(value, node.name) for value in (node.args, node.kwargs))
@@ -92,28 +104,35 @@ def encode_value(value: Any, where: str) -> Any:
 
 
 def decode_graph(
-    records: list[dict[str, Any]], tensors: Collection[str], modules: Collection[str] = ()
+    records: list[dict[str, Any]],
+    tensors: Collection[str],
+    modules: Collection[str] = (),
+    classes: Classes | None = None,
 ) -> fx.Graph:
     """A graph from what :func:`encode_graph` made.
 
     Args:
         tensors: paths that its nodes may read.
         modules: paths that its nodes may call.
+        classes: looks up the classes that it names; by default it may name none.
 
     Raises:
         FileFormatError: for anything it would not have made.
+        ConfigError: for a class that is not there.
     """
     graph = fx.Graph()
     nodes: dict[str, Node] = {}
     for record in records:
         name, op = record["name"], record["op"]
-        target = _decode_target(name, op, record["target"], tensors, modules)
+        target = _decode_target(name, op, record["target"], tensors, modules, classes or classes_of(None))
         args, kwargs = decode_value(record["args"], nodes), decode_value(record["kwargs"], nodes)
         if not all(isinstance(key, str) and key.isidentifier() for key in kwargs):
             raise FileFormatError(f"node '{name}' has a keyword argument whose name is no identifier")
         if target is getattr and args[1] not in _ATTRIBUTES:
             raise FileFormatError(f"node '{name}' reads the attribute '{args[1]}', which a file may not read")
-        nodes[name] = graph.create_node(op, target, args, kwargs, name=name)
+        if op == "call_function" and record["target"].partition(":")[2].startswith("conv"):
+            require_sizes((args, kwargs))  # which torch adds up and multiplies without a look at overflows
+        nodes[name] = graph.create_node(*checked(op, target), args, kwargs, name=name)
         if nodes[name].name != name:
             raise FileFormatError(f"'{name}' is the name of two nodes, or cannot be the name of one")
     if [node.op for node in graph.nodes].count("output") != 1:
@@ -127,10 +146,13 @@ def _decode_target(
     target: Any,
     tensors: Collection[str],
     modules: Collection[str],
+    classes: Classes,
 ) -> Any:
     if not isinstance(target, str):
         raise FileFormatError(f"the target of node '{name}' is no text")
     if op == "call_function":
+        if target.startswith(_CLASS):
+            return classes(target.removeprefix(_CLASS))
         if target not in functions():
             raise FileFormatError(f"node '{name}' names the function '{target}', which a file may not call")
         return functions()[target]

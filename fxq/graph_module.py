@@ -13,12 +13,13 @@ from torch import fx, nn
 from fxq.engine import running
 from fxq.errors import ConfigError, InputError, StageError
 from fxq.input_checks import FIXED, REMEDY, explain_inputs, require_float32
+from fxq.keyword_paths import allow_keywords
 from fxq.lazy_code import TEXTS, Uncompiled
 from fxq.outside_reads import Described
 from fxq.pickling import Record, graph_of, records_of
 from fxq.plan import QuantPlan, Stage
 from fxq.size_checks import KnownSizes, are_unchecked
-from fxq.state import graph_qparams, misfit, set_state, split_state
+from fxq.state import graph_qparams, misfit, misfit_qparams, set_state, split_state
 
 # Keys of a module's meta beside "fxq", its plan:
 BACKEND = "fxq_backend"  # the table it was prepared or lowered for
@@ -84,6 +85,7 @@ class QuantModule(fx.GraphModule):
 
     def recompile(self) -> None:  # type: ignore[override]
         """Forget the code of an earlier graph; that of this one is written when something runs or reads it."""
+        allow_keywords(self.graph)
         for name in TEXTS:
             vars(self).pop(name, None)
         type(self).forward = Uncompiled(self)  # type: ignore[assignment]
@@ -163,6 +165,9 @@ class QuantModule(fx.GraphModule):
         unexpected_keys += [prefix + key for key in given if key not in own and not key.startswith(inside)]
         fitting = {key: value for key, value in given.items() if key in own}
         wrong = [f"'{prefix}{key}' {why}" for key, value in fitting.items() if (why := misfit(own[key], value))]
+        if not wrong:
+            graph = self.meta.get(REFERENCE, self).graph
+            wrong = [f"'{prefix}{key}' {why}" for key, why in misfit_qparams(graph, fitting).items()]
         if wrong:
             error_msgs += wrong
         elif REFERENCE not in self.meta:
@@ -189,6 +194,7 @@ def _release(owner: nn.Module, prefix: str, called: set[str], read: set[str], ar
             continue
         if child is not None and path in around:
             _release(child, f"{path}.", called, read, around)
+            child.__class__ = Tensors  # of a class that can be called, it would load its own state dict
         else:
             del owner._modules[name]
 

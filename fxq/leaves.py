@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxq.checked_functions import require_sizes
 from fxq.config import qualified_name
 from fxq.copying import copy_structure
-from fxq.errors import ConfigError, FileFormatError
+from fxq.errors import ConfigError, FileFormatError, StageError
 from fxq.graph_json import decode_value, encode_value
 from fxq.graph_module import QuantModule
 from fxq.partition import replace_regions
@@ -62,6 +63,7 @@ def decode_leaf(
     tensors: Mapping[str, torch.Tensor],
     model: nn.Module | None,
     inside: Mapping[str, QuantModule],
+    stand_ins: bool = False,
 ) -> nn.Module:
     """A leaf module with the tensors of a file.
 
@@ -69,12 +71,15 @@ def decode_leaf(
         path: where it stands in the user's model.
         model: gives the modules that a file cannot.
         inside: regions in the module, by their path in it.
+        stand_ins: let an empty module stand for one that a file cannot give.
 
     Raises:
         ConfigError: if the model lacks it, or none is given.
         FileFormatError: for anything :func:`encode_leaf` would not have made.
     """
     name = record["class"]
+    if stand_ins and record["arguments"] is None:
+        return without_code(name, inside)
     if inside:
         return replace_regions(_from_model(name, path, model), inside, tensors)
     module = _from_model(name, path, model) if record["arguments"] is None else _rebuilt(record, tensors)
@@ -94,6 +99,7 @@ def _rebuilt(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
         raise FileFormatError(f"a {cls.__name__} has no arguments {sorted(arguments)}")
     if issubclass(cls, nn.RNNBase) and not 0 < arguments["num_layers"] <= min(len(tensors), _MAX_LAYERS):
         raise FileFormatError(f"a {cls.__name__} of {arguments['num_layers']} layers with {len(tensors)} tensors")
+    require_sizes(arguments)
     with torch.device("meta"):
         return cls(**arguments)
 
@@ -110,3 +116,24 @@ def _from_model(name: str, path: str, model: nn.Module | None) -> nn.Module:
     if qualified_name(type(module)) != name:
         raise ConfigError(f"'{path}' of the given model is a {qualified_name(type(module))}; the file wants a {name}")
     return module
+
+
+class _WithoutCode(nn.Module):
+    """In the place of a module whose code a file does not hold."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise StageError(f"the code of '{type(self).__name__}' is missing: fxq.load it with model= the float model")
+
+
+def without_code(name: str, regions: Mapping[str, QuantModule]) -> nn.Module:
+    """A module for tables, with regions at their places and nothing else: it cannot be called."""
+    root: nn.Module = type(name, (_WithoutCode,), {})()
+    for path, region in regions.items():
+        *outer, last = path.split(".")
+        module = root
+        for step in outer:
+            if step not in module._modules:
+                module.add_module(step, _WithoutCode())
+            module = module.get_submodule(step)
+        module.add_module(last, region)
+    return root

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,11 +15,12 @@ from fxq.onnx_graph import OnnxGraph
 from fxq.onnx_rows import FUNCTIONS, METHODS, MODULES, ROWS, Row
 from fxq.onnx_writer import OPS, OnnxWriter
 from fxq.partition import partition_of, reference_of
+from fxq.whole_files import File, write_file
 
 _REMEDY = "fxq.save, fxq.to_torchscript and fxq.to_exported_program keep it"
 
 
-def to_onnx(model: nn.Module, path: str | Path, *, dynamic_batch: bool = True, qdq: bool = True) -> None:
+def to_onnx(model: nn.Module, path: File, *, dynamic_batch: bool = True, qdq: bool = True) -> None:
     """Write a quantized model as ONNX (opset 18).
 
     Weights are int8 initializers, per channel where they are; activations pass QuantizeLinear and DequantizeLinear,
@@ -29,7 +29,7 @@ def to_onnx(model: nn.Module, path: str | Path, *, dynamic_batch: bool = True, q
 
     Args:
         model: from :func:`fxq.quantize`, :func:`fxq.convert`, :func:`fxq.convert_to_reference` or :func:`fxq.load`.
-        path: conventionally ends in ``.onnx``.
+        path: conventionally ends in ``.onnx``; or a binary file object.
         dynamic_batch: the first dimension of every input and output is a batch of any size; if false, sizes are those
             of the example inputs the model was prepared with. Other sizes always are.
         qdq: if false, a float graph with the integer weights' real values, and a Clip to the calibrated range where an
@@ -51,11 +51,7 @@ def to_onnx(model: nn.Module, path: str | Path, *, dynamic_batch: bool = True, q
             f"{type(reference).__name__} could not be traced as a whole, so there is no graph of all of it to write; "
             f"write its regions one by one, e.g. fxq.to_onnx(model.backbone, ...)"
         )
-    proto = onnx_model(reference, dynamic_batch, qdq)
-    try:
-        Path(path).write_bytes(proto.SerializeToString())
-    except OSError as error:
-        raise FxqError(f"{path}: cannot be written ({error.strerror})") from error
+    write_file(path, onnx_model(reference, dynamic_batch, qdq).SerializeToString())
 
 
 def onnx_model(reference: QuantModule, dynamic_batch: bool, qdq: bool) -> Any:

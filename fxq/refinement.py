@@ -59,6 +59,7 @@ def refine(
 
 
 def settle(reference: QuantModule) -> None:
-    """Finish a graph whose constants were changed: biases go back to their grid."""
+    """Finish a graph whose constants were changed: biases go back to their grid, and those that nobody reads go."""
     reference.graph.eliminate_dead_code()
     Pipeline([RoundBiases()])(reference)
+    reference.release_unused()

@@ -13,9 +13,8 @@ import ctypes
 import hashlib
 import io
 import json
-import os
+import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +22,11 @@ from torch import nn
 
 from fxq.api import lower
 from fxq.backends import BACKENDS, get_backend
-from fxq.errors import BackendError, ConfigError, FileFormatError, FxqError, StageError
+from fxq.errors import BackendError, ConfigError, FileFormatError, FxqError
 from fxq.float_model import without_compile
 from fxq.graph_json import decode_graph, encode_graph
 from fxq.graph_module import QuantModule, get_attribute, make_module
-from fxq.leaves import decode_leaf, encode_leaf
+from fxq.leaves import decode_leaf, encode_leaf, without_code
 from fxq.op_table import Backend
 from fxq.partition import (
     Partition,
@@ -40,25 +39,30 @@ from fxq.partition import (
     state_outside,
 )
 from fxq.plan_json import check_loaded, decode_plan, encode_plan
+from fxq.record_classes import class_without_code, classes_of
 from fxq.schema import wrong_field
+from fxq.tensor_checks import check_tensors
+from fxq.whole_files import File, file_name, read_file, write_file
+from fxq.zip_check import check_members
 
 _MAGIC = b"FXQ\x00"
 _VERSION = 2
 _MAX_UNUSED_BYTES = 1 << 20
+_MAX_SHARED = 64  # times that all tensors may be the size of the file, where many names stand for one
 _NAMES = " or ".join(BACKENDS)
 _HEADER = len(_MAGIC) + 4 + hashlib.sha256().digest_size
 
 Tensors = dict[str, dict[str, torch.Tensor]]  # by section, then by name
 
 
-def save(model: nn.Module, path: str | Path) -> None:
+def save(model: nn.Module, path: File) -> None:
     """Write a quantized model to one file.
 
     What is written is the reference graph, with integer weights; packed weights are made again by :func:`load`.
 
     Args:
         model: from :func:`fxq.quantize`, :func:`fxq.convert` or :func:`fxq.convert_to_reference`.
-        path: conventionally ends in ``.fxq``.
+        path: conventionally ends in ``.fxq``; or a binary file object.
 
     Raises:
         StageError: if the model is not quantized.
@@ -81,7 +85,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     text = json.dumps(content)
     buffer = io.BytesIO()
     torch.save({"content": text, "tensors": tensors, "digest": digest(text, tensors)}, buffer)
-    _write(Path(path), with_header(buffer.getvalue()))
+    write_file(path, with_header(buffer.getvalue()))
 
 
 def encode_region(place: str, region: QuantModule, tensors: Tensors) -> dict[str, Any]:
@@ -130,25 +134,14 @@ def digest(text: str, tensors: Tensors) -> str:
     return total.hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
-    """A reader sees the old file or the whole new one."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.write_bytes(data)
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise FxqError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def load_reference(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
+def load_reference(path: File, *, model: nn.Module | None = None) -> nn.Module:
     """The reference graph of a file.
 
     Args:
-        path: a file that :func:`save` wrote.
-        model: the float model, for a file that needs its code: a model quantized in regions, or one that calls
-            modules which are not of torch. Only its code is used, and it is left as it is; every parameter and
-            buffer comes from the file.
+        path: a file that :func:`save` wrote, or a binary file object.
+        model: the float model, for a file that needs its code: a model quantized in regions, one that calls modules
+            which are not of torch, or one that returns a class (a dataclass, a named tuple, a ``ModelOutput``). Only
+            its code is used, and it is left as it is; every parameter and buffer comes from the file.
 
     Raises:
         FileFormatError: if the file is missing, no fxq file, of another version, truncated or corrupt.
@@ -159,22 +152,24 @@ def load_reference(path: str | Path, *, model: nn.Module | None = None) -> nn.Mo
         return _decode(content, tensors, model if model is None else without_compile(model))
 
 
-def load_regions(path: str | Path) -> dict[str, QuantModule]:
+def load_regions(path: File) -> dict[str, QuantModule]:
     """The reference graphs of a file by module path, without the code around them; a whole model is at path ``""``.
+
+    One that calls modules which are not of torch, or returns a class, cannot be run.
 
     Raises:
         FileFormatError: as :func:`load_reference`.
-        ConfigError: if a graph calls modules that are not of torch.
     """
     content, tensors = _verified(path)
     with _named(path):
-        return _decode_regions(content, tensors, None)
+        return _decode_regions(content, tensors, None, stand_ins=True)
 
 
-def load_for_tables(path: str | Path, backend: str | None = None) -> nn.Module:
+def load_for_tables(path: File, backend: str | None = None) -> nn.Module:
     """A lowered model to print tables of, from the file alone.
 
-    A model that was quantized in regions has them at their places, without the code around them: it cannot be called.
+    A model that was quantized in regions has them at their places, without the code around them, and modules whose code
+    a file does not hold are empty: it cannot be called.
 
     Args:
         path: a file that :func:`save` wrote.
@@ -182,57 +177,37 @@ def load_for_tables(path: str | Path, backend: str | None = None) -> nn.Module:
 
     Raises:
         FileFormatError, BackendError: as :func:`load`.
-        ConfigError: if a graph calls modules that are not of torch.
     """
     content, tensors = _verified(path)
-    if content["partition"] is None:
-        return load(path, backend)
     with _named(path):
-        regions = _decode_regions(content, tensors, None)
-        model = _without_code(str(content["model"]), regions)
+        regions = _decode_regions(content, tensors, None, stand_ins=True)
+        if content["partition"] is None:
+            return _lowered(path, regions[""], backend)
+        model = without_code(content["model"], regions)
         set_partition(model, _partition(content))
     return _lowered(path, model, backend)
 
 
-class _WithoutCode(nn.Module):
-    """In the place of a module whose code a file does not hold."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise StageError("the code around the parts of this model is missing: fxq.load it with model= the float model")
-
-
-def _without_code(name: str, regions: Mapping[str, QuantModule]) -> nn.Module:
-    """Regions at their places in a model that has nothing else."""
-    root: nn.Module = type(name, (_WithoutCode,), {})()
-    for path, region in regions.items():
-        *outer, last = path.split(".")
-        module = root
-        for step in outer:
-            if step not in module._modules:
-                module.add_module(step, _WithoutCode())
-            module = module.get_submodule(step)
-        module.add_module(last, region)
-    return root
-
-
 @contextlib.contextmanager
-def _named(path: str | Path) -> Iterator[None]:
+def _named(path: File) -> Iterator[None]:
     """Errors of decoding name the file."""
     try:
         yield
     except (FileFormatError, ConfigError) as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{file_name(path)}: {error}") from error
     except Exception as error:
-        raise FileFormatError(f"{path}: its graph is malformed ({type(error).__name__}: {error})") from error
+        raise FileFormatError(f"{file_name(path)}: its graph is malformed ({type(error).__name__}: {error})") from error
 
 
-def _decode_regions(content: dict[str, Any], tensors: Tensors, model: nn.Module | None) -> dict[str, QuantModule]:
+def _decode_regions(
+    content: dict[str, Any], tensors: Tensors, model: nn.Module | None, stand_ins: bool = False
+) -> dict[str, QuantModule]:
     """The outermost regions, with those inside in their leaves."""
     regions: dict[str, QuantModule] = {}
     for place in sorted(content["regions"], key=len, reverse=True):  # the inner ones first
         prefix = f"{place}." if place else ""
         inside = {inner: regions.pop(inner) for inner in list(regions) if inner.startswith(prefix)}
-        regions[place] = decode_region(place, content["regions"][place], tensors, model, inside)
+        regions[place] = decode_region(place, content["regions"][place], tensors, model, inside, stand_ins)
     return regions
 
 
@@ -267,11 +242,13 @@ def decode_region(
     tensors: Tensors,
     model: nn.Module | None,
     inside: Mapping[str, QuantModule] | None = None,
+    stand_ins: bool = False,
 ) -> QuantModule:
     """A region from what :func:`encode_region` made.
 
     Args:
         inside: regions in its leaf modules, by their place in the whole model.
+        stand_ins: let empty modules and classes stand for those whose code is missing.
 
     Raises:
         Exception: of any kind, for anything else.
@@ -282,24 +259,26 @@ def decode_region(
         where = join(place, path)
         prefix = f"{where}."
         inner = {name.removeprefix(prefix): r for name, r in (inside or {}).items() if name.startswith(prefix)}
-        modules[path] = decode_leaf(leaf, where, tensors[f"module {place} {path}"], model, inner)
-    graph = decode_graph(record["nodes"], parts.keys(), modules.keys())
+        modules[path] = decode_leaf(leaf, where, tensors[f"module {place} {path}"], model, inner, stand_ins)
+    classes = class_without_code if stand_ins else classes_of(model)
+    graph = decode_graph(record["nodes"], parts.keys(), modules.keys(), classes)
     plan = decode_plan(record["plan"])
     plan.check(graph)
     check_loaded(plan, graph)
     module = make_module(plan.model, graph, parts | modules)
     module.graph.lint()
+    check_tensors(module)
     module.write_code()  # what cannot be written shows here, and not when it first runs
     module.meta["fxq"] = plan
     module.offer_descriptions()
     return module
 
 
-def load(path: str | Path, backend: str | Backend | None = None, *, model: nn.Module | None = None) -> nn.Module:
+def load(path: File, backend: str | Backend | None = None, *, model: nn.Module | None = None) -> nn.Module:
     """A lowered model from a file, packed for this machine.
 
     Args:
-        path: a file that :func:`save` wrote.
+        path: a file that :func:`save` wrote, or a binary file object.
         backend: a name or a table; by default the backend it was saved for.
         model: as for :func:`load_reference`.
 
@@ -315,49 +294,70 @@ def load(path: str | Path, backend: str | Backend | None = None, *, model: nn.Mo
     return _lowered(path, load_reference(path, model=model), backend)
 
 
-def _lowered(path: str | Path, reference: nn.Module, backend: str | Backend | None) -> nn.Module:
+def _lowered(path: File, reference: nn.Module, backend: str | Backend | None) -> nn.Module:
     """What a file holds, packed for this machine."""
-    regions = list(regions_of(reference).values())
+    name, regions = file_name(path), list(regions_of(reference).values())
     backend = backend or regions[0].plan.backend
     if isinstance(backend, str) and backend not in BACKENDS:
-        raise BackendError(f"{path}: made for the backend '{backend}'; load it with backend= that table, or {_NAMES}")
+        raise BackendError(f"{name}: made for the backend '{backend}'; load it with backend= that table, or {_NAMES}")
     table = get_backend(backend) if isinstance(backend, str) else backend
     try:
         return lower(reference, table)
     except FxqError:
         raise
     except Exception as error:
-        raise FileFormatError(f"{path}: its graph cannot be lowered ({type(error).__name__}: {error})") from error
+        raise FileFormatError(f"{name}: its graph cannot be lowered ({type(error).__name__}: {error})") from error
 
 
-def _verified(path: str | Path) -> tuple[dict[str, Any], Tensors]:
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be read ({error.strerror})") from error
+def _verified(path: File) -> tuple[dict[str, Any], Tensors]:
+    name, data = file_name(path), read_file(path)
     if data[: len(_MAGIC)] != _MAGIC:
-        raise FileFormatError(f"{path}: not an fxq file")
+        raise FileFormatError(f"{name}: not an fxq file")
     version = int.from_bytes(data[len(_MAGIC) : len(_MAGIC) + 4], "little")
     if version != _VERSION:
-        raise FileFormatError(f"{path}: of format version {version}; this fxq reads version {_VERSION}")
+        raise FileFormatError(f"{name}: of format version {version}; this fxq reads version {_VERSION}")
     payload = data[_HEADER:]
     if hashlib.sha256(payload).digest() != data[len(_MAGIC) + 4 : _HEADER]:
-        raise FileFormatError(f"{path}: truncated or corrupt: its checksum does not match")
+        raise FileFormatError(f"{name}: truncated or corrupt: its checksum does not match")
     try:
-        archive = torch.load(io.BytesIO(payload), weights_only=True)
-        tensors = {
-            section: {name: _plain(name, tensor) for name, tensor in named.items()}
-            for section, named in archive["tensors"].items()
-        }
-        genuine = digest(archive["content"], tensors) == archive["digest"]
-        content = json.loads(archive["content"])
+        return _unpacked(payload)
     except FileFormatError as error:
-        raise FileFormatError(f"{path}: {error}") from error
+        raise FileFormatError(f"{name}: {error}") from error
     except Exception as error:
-        raise FileFormatError(f"{path}: its content is malformed ({type(error).__name__})") from error
-    if not genuine or not isinstance(content, dict):
-        raise FileFormatError(f"{path}: its content is malformed: it is not what was saved")
+        raise FileFormatError(f"{name}: its content is malformed ({type(error).__name__})") from error
+
+
+def _unpacked(payload: bytes) -> tuple[dict[str, Any], Tensors]:
+    """The JSON and the tensors of an archive.
+
+    Raises:
+        Exception: of any kind, if it is not what :func:`save` wrote.
+    """
+    check_members(payload)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has some about tensors that are refused anyway
+        archive = torch.load(io.BytesIO(payload), weights_only=True)
+        sections = archive["tensors"]
+        if len({id(named) for named in sections.values()}) < len(sections):
+            raise FileFormatError("its content is malformed: two sections of tensors are one")
+        tensors = {section: {n: _plain(n, t) for n, t in named.items()} for section, named in sections.items()}
+    if sum(t.nbytes for named in tensors.values() for t in named.values()) > _MAX_SHARED * len(payload):
+        raise FileFormatError("its content is malformed: its tensors are many times larger than the file")
+    content = json.loads(archive["content"])
+    if digest(archive["content"], tensors) != archive["digest"] or not isinstance(content, dict):
+        raise FileFormatError("its content is malformed: it is not what was saved")
+    _check_regions(content)
     return content, tensors
+
+
+def _check_regions(content: dict[str, Any]) -> None:
+    """A whole model is one graph at the path "", with others in its leaves; a model in regions has none there."""
+    regions, partition = content.get("regions"), content.get("partition", ())
+    if not (isinstance(regions, dict) and regions and all(isinstance(region, dict) for region in regions.values())):
+        raise FileFormatError("its content is malformed: it has no graphs")
+    parts = isinstance(partition, list) and isinstance(content.get("model"), str)
+    if not (parts and "" not in regions) and not (partition is None and "" in regions):
+        raise FileFormatError("its content is malformed: its graphs are not at the places where they belong")
 
 
 def _plain(name: str, tensor: Any) -> torch.Tensor:

@@ -6,6 +6,7 @@ A calibration is part of a model's state, so each quantize node adds one key, ``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.fx import Node
 from fxq.qdq import DEQUANTIZE, is_dequantize, is_quantize
 
 _SUFFIX = "_qparams"
+_LIMITS = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 
 
 def graph_qparams(graph: fx.Graph) -> dict[str, torch.Tensor]:
@@ -52,6 +54,24 @@ def misfit(own: torch.Tensor, given: Any) -> str | None:
     if given.shape != own.shape or given.dtype != own.dtype:
         return f"is {given.dtype} {list(given.shape)}, the model's is {own.dtype} {list(own.shape)}"
     return None
+
+
+def misfit_qparams(graph: fx.Graph, values: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Why numbers cannot be those of a graph's quantize nodes and weights, by their key; they have the right shapes."""
+    found = {}
+    for node in graph.nodes:
+        key = f"{node.name}{_SUFFIX}"
+        if key not in values:
+            continue
+        scale, *integers = values[key].tolist()
+        zero_point, low, high = integers if len(integers) == 3 else (*integers, *integers, *integers)
+        least, most = _LIMITS[node.args[5] if is_quantize(node) else torch.int8]
+        inside = least <= low <= high <= most and least <= zero_point <= most
+        if not 0 < scale < math.inf:
+            found[key] = f"has the scale {scale}"
+        elif not inside or not all(map(float.is_integer, integers)):
+            found[key] = f"has a zero_point or bounds that are no integers from {least} to {most}"
+    return found
 
 
 def set_state(module: fx.GraphModule, values: Mapping[str, torch.Tensor], replace: bool = False) -> None:

@@ -7,10 +7,10 @@ has kernels of several engines, so it is lowered anew for one: rows are wrapped 
 from __future__ import annotations
 
 import dataclasses
+import io
 import operator
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +30,12 @@ from fxq.int_views import as_quantized
 from fxq.op_table import Backend, Emission, Emit, IntWeight
 from fxq.partition import partition_of, reference_of
 from fxq.spec import QParams
+from fxq.whole_files import File, write_file
 
 _X86_GROUPS = 96  # the x86 engine hands convs of up to 100 groups to onednn, others to fbgemm
 
 
-def to_torchscript(model: nn.Module, example_inputs: Any = None, path: str | Path | None = None) -> Any:
+def to_torchscript(model: nn.Module, example_inputs: Any = None, path: File | None = None) -> Any:
     """The model with its int8 kernels as TorchScript.
 
     The file runs where fxq is not installed, to the last bit as the model does; only transposed convolutions, which
@@ -46,7 +47,7 @@ def to_torchscript(model: nn.Module, example_inputs: Any = None, path: str | Pat
         model: from :func:`fxq.quantize`, :func:`fxq.convert`, :func:`fxq.convert_to_reference` or :func:`fxq.load`.
         example_inputs: a tensor or a tuple of tensors to trace with; by default zeros of the shapes the model was
             prepared with. Other batch sizes run as well.
-        path: written to, if given; conventionally ends in ``.pt``.
+        path: written to, if given; conventionally ends in ``.pt``, or a binary file object.
 
     Returns:
         A ``torch.jit.ScriptModule``.
@@ -54,7 +55,7 @@ def to_torchscript(model: nn.Module, example_inputs: Any = None, path: str | Pat
     Raises:
         StageError: if the model is not quantized.
         FxqError: for a model in regions or one that takes numbers from values (``item``), a layer that needs a second
-            engine, or a file that cannot be written.
+            engine, what ``torch.jit.trace`` refuses, or a file that cannot be written.
 
     Example:
         >>> fxq.to_torchscript(qmodel, path="model.pt")                               # doctest: +SKIP
@@ -89,19 +90,19 @@ def to_torchscript(model: nn.Module, example_inputs: Any = None, path: str | Pat
         )
     with warnings.catch_warnings(), torch.no_grad(), running():
         warnings.simplefilter("ignore")  # TorchScript is deprecated, and says so for every trace
-        traced = torch.jit.trace(fx.GraphModule(lowered, lowered.graph), inputs, strict=False, check_trace=False)
+        try:
+            traced = torch.jit.trace(fx.GraphModule(lowered, lowered.graph), inputs, strict=False, check_trace=False)
+        except FxqError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise FxqError(f"torch.jit.trace refuses the model ({type(error).__name__}: {reason})") from error
         torch._C._jit_pass_inline(traced.graph)  # a file cannot hold calls of functions of their own
         if path is not None:
-            _save(traced, path)
+            buffer = io.BytesIO()
+            torch.jit.save(traced, buffer)
+            write_file(path, buffer.getvalue())
     return traced
-
-
-def _save(traced: Any, path: str | Path) -> None:
-    try:
-        Path(path).touch()
-    except OSError as error:
-        raise FxqError(f"{path}: cannot be written ({error.strerror})") from error
-    torch.jit.save(traced, str(path))
 
 
 def for_one_engine(table: Backend) -> Backend:

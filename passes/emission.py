@@ -68,7 +68,12 @@ class KernelEmission:
 
     def tensor(self, parameter: str) -> torch.Tensor | None:
         node = self._op.get(self.match.root, parameter)
-        return None if node is None else get_attribute(self.lowering.reference, str(node.target)).detach()
+        if node is None:
+            return None
+        tensor: torch.Tensor = get_attribute(self.lowering.reference, str(node.target)).detach()
+        if tensor.dtype != torch.float32:  # kernels read the memory as if it were
+            raise TypeError(f"the {parameter} of '{self.match.root.name}' is {tensor.dtype}, not torch.float32")
+        return tensor
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         self.calls.append(self.lowering.call(self.match.root.name, target, args, kwargs))

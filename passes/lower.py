@@ -312,7 +312,7 @@ class Lowering:
         lowered.meta[ENGINES] = dict(self.engines)
         if STANDS_FOR in self.reference.meta:
             lowered.meta[STANDS_FOR] = self.reference.meta[STANDS_FOR]
-        lowered.offer_descriptions()
+        lowered.release_unused()
         lowered.graph.lint()
         self.plan.check(lowered.graph)
         return lowered

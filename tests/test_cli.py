@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from test_graph_json import closed, node, opened
 
 import fxq
 from fxq.cli import main
-from fxq.errors import FxqWarning
+from fxq.errors import FxqError, FxqWarning
 from fxq.image_folder import ImageFolder
 from fxq.models import load_model, preprocessing
 
@@ -277,6 +278,46 @@ def test_convert(to: str, project: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "none/net: cannot be written" in capsys.readouterr().err
 
 
+def test_convert_into_what_is_no_new_file(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize("--quiet") == 0
+    capsys.readouterr()
+    for to in ("torchscript", "exported"):
+        assert main(["convert", "tiny.fxq", "--to", to, "--out", "photos"]) == 1
+        assert "photos: cannot be written (Is a directory)" in the_error(capsys)
+    assert main(["convert", ".", "--to", "torchscript"]) == 1
+    assert ".: cannot be read (Is a directory)" in the_error(capsys)
+    Path("tiny.pt").write_bytes(before := Path("tiny.fxq").read_bytes())
+    assert main(["convert", "tiny.pt", "--to", "torchscript"]) == 1
+    assert "tiny.pt: this is the model itself; name another file with --out" in the_error(capsys)
+    assert Path("tiny.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options", [["onnx", "--backend", "x86"], ["torchscript", "--clips"], ["torchscript", "--fixed-batch"]]
+)
+def test_options_of_another_format(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["convert", "tiny.fxq", "--to", *options])
+    assert exit_.value.code == 2
+    assert "is for --to" in capsys.readouterr().err
+
+
+def test_a_forged_file_is_one_line(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of no graph, or of one that no kernel takes: nothing is done, and that is said."""
+    assert quantize("--quiet") == 0
+    capsys.readouterr()
+    content, tensors = opened(Path("tiny.fxq").read_bytes())
+    args = node(content["regions"][""], "call_function", "op:conv2d")["args"]["tuple"]
+    args[3:] = ["one", {"tuple": [1, 1]}, 1, "groups"]
+    Path("kernel.fxq").write_bytes(closed(content, tensors))
+    Path("empty.fxq").write_bytes(closed({}, {}))
+    Path("parts.fxq").write_bytes(closed({"partition": ["", {}, 0, False], "regions": {}, "model": "Net"}, {}))
+    for name in ("kernel.fxq", "empty.fxq", "parts.fxq"):
+        for command in (["inspect"], ["bench"], ["convert", "--to", "torchscript"], ["convert", "--to", "exported"]):
+            assert main([command[0], name, *command[1:]]) == 1
+            assert name in (error := the_error(capsys)) or "torch.export refuses the model" in error
+
+
 def test_convert_runs_the_same_numbers(project: Path) -> None:
     assert quantize("--quiet") == 0
     assert main(["convert", "tiny.fxq", "--to", "torchscript", "--backend", "qnnpack", "--out", "q.pt"]) == 0
@@ -347,6 +388,54 @@ def test_part_by_part(project: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "head: Head: not timed" in out
 
 
+FOREIGN = """
+import torch
+from torch import nn
+
+class Branch(nn.Module):
+    def forward(self, x):
+        return x if float(x.sum()) != 0 else -x
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.branch, self.last = nn.Conv2d(8, 4, 1), Branch(), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.last(self.branch(self.conv(x)))
+
+class Foreign(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), Head()
+
+    def forward(self, x):
+        y = self.backbone(x)
+        return self.head(y) if float(x.sum()) != 0 else y
+"""
+
+
+def test_a_part_whose_code_a_file_does_not_hold(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tables are printed, and the others are converted and timed."""
+    Path("foreign_of_cli_tests.py").write_text(FOREIGN)
+    options = ["--calibrate", "photos", "--out", "net.fxq", "--size", "32", "--quiet"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(["quantize", "foreign_of_cli_tests:Foreign", *options]) == 0
+        with pytest.raises(FxqError, match=r"'head\.branch'"):
+            fxq.load("net.fxq")
+        capsys.readouterr()
+        assert main(["inspect", "net.fxq", "--table", "all"]) == 0
+        assert "head" in capsys.readouterr().out
+        assert main(["convert", "net.fxq", "--to", "torchscript"]) == 1
+        out, err = capsys.readouterr()
+        assert "saved net.backbone.pt (" in out and "1 of its parts" in err and "'head'" in err
+        assert main(["bench", "net.fxq", "--threads", "1", "--seconds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "backbone: Sequential, backend" in out
+    assert "head: Head: not timed; the code of 'foreign_of_cli_tests.Branch' is missing" in out
+
+
 def test_bench(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert quantize("--quiet") == 0
     capsys.readouterr()
@@ -357,3 +446,6 @@ def test_bench(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in out.splitlines()[-2:]] == ["float", "int8"]
     assert torch.get_num_threads() == before
     assert main(["bench", "none.fxq"]) == 1
+    capsys.readouterr()
+    assert main(["bench", "tiny.fxq", "--threads", "1000000"]) == 1
+    assert "--threads 1000000: this machine has" in the_error(capsys)

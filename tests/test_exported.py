@@ -144,3 +144,9 @@ def test_programs_of_others_and_changed_ones() -> None:
     state["fxq_content"] = state["fxq_content"][:-20]
     with pytest.raises(InputError, match="malformed"):
         fxq.from_exported_program(program)
+
+
+def test_example_inputs_that_are_none() -> None:
+    model = quiet(fxq.quantize, Lambda(lambda m, x: m.a(x), a=conv()), [X])
+    with pytest.raises(InputError, match="the example inputs are a int; give a tensor"):
+        fxq.to_exported_program(model, 5)

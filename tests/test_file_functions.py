@@ -24,7 +24,7 @@ def test_nothing_that_evaluates_imports_opens_or_calls_by_name() -> None:
         "new", "set_", "resize_", "resize_as_", "as_strided", "as_strided_", "data_ptr", "untyped_storage", "numpy",
         "apply_", "map_", "type", "to_sparse", "to_sparse_csr", "indices", "values", "col_indices", "to_dense",
         "to_mkldnn", "record_stream", "module_load", "register_hook", "backward", "share_memory_", "cuda",
-        "pin_memory", "__setstate__", "__reduce_ex__", "_make_subclass",
+        "pin_memory", "lcm", "lcm_", "__setstate__", "__reduce_ex__", "_make_subclass",
     ],
 )  # fmt: skip
 def test_no_method_that_trusts_its_arguments(name: str) -> None:

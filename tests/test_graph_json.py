@@ -7,7 +7,9 @@ import hashlib
 import io
 import json
 import operator
-from collections.abc import Callable
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from test_serialization import HEADER, reference_of
 import fxq
 from fxq.errors import FileFormatError, FxqError
 from fxq.graph_json import decode_graph, encode_graph
-from fxq.serialization import digest, with_header
+from fxq.serialization import digest, load_for_tables, load_regions, with_header
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 Content = dict[str, Any]
@@ -309,6 +311,35 @@ def test_another_archive(payload: bytes, honest: bytes, tmp_path: Path) -> None:
         fxq.load(path)
 
 
+PARTS = ["a reason", {}, 0, False]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: content.clear(),
+        lambda content: content.pop("partition"),
+        lambda content: content.update(regions={}),
+        lambda content: content.update(regions=[content["regions"]]),
+        lambda content: content.update(regions={"": 1}),
+        lambda content: content.update(regions={"a": content["regions"][""]}),
+        lambda content: content.update(partition=PARTS, model="Net"),
+        lambda content: content.update(partition=PARTS, regions={}, model="Net"),
+        lambda content: content.update(partition=PARTS, regions={"a": content["regions"][""]}),
+        lambda content: content.update(partition=7, regions={"a": content["regions"][""]}, model="Net"),
+    ],
+)
+def test_graphs_that_are_not_at_their_places(edit: Callable[[Content], Any], honest: bytes, tmp_path: Path) -> None:
+    """Whoever reads them, so that the command line does not stay silent."""
+    content, tensors = opened(honest)
+    edit(content)
+    path = tmp_path / "forged.fxq"
+    path.write_bytes(closed(content, tensors))
+    for read in (fxq.load, fxq.load_reference, load_regions, load_for_tables):
+        with pytest.raises(FileFormatError, match=r"forged\.fxq: its content is malformed"):
+            read(path)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -324,6 +355,79 @@ def test_another_content(content: Any, honest: bytes, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     test_another_archive(buffer.getvalue(), honest, tmp_path)
+
+
+def with_payload(payload: bytes, path: Path) -> Path:
+    path.write_bytes(with_header(payload))
+    return path
+
+
+def rewritten(data: bytes, compression: int = zipfile.ZIP_STORED, more: Sequence[tuple[str, bytes]] = ()) -> bytes:
+    """The archive of a file as another tool would write it."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data[HEADER:])) as old, zipfile.ZipFile(made, "w", compression) as new:
+        for name, content in [*((m.filename, old.read(m)) for m in old.infolist()), *more]:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a second member of one name
+                new.writestr(name, content)
+    return made.getvalue()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compression": zipfile.ZIP_DEFLATED}, "is compressed"),
+        ({"more": [("archive/data.pkl", b"")]}, "two members of one name"),
+        ({"more": [("archive/DATA.pkl", b"")]}, "two members of one name"),
+        ({"more": [("archive/constants.pkl", b"")]}, "is of TorchScript"),
+    ],
+)
+def test_archives_that_torch_save_does_not_write(
+    options: dict[str, Any], message: str, honest: bytes, tmp_path: Path
+) -> None:
+    fxq.load(with_payload(rewritten(honest), tmp_path / "honest.fxq"))
+    with pytest.raises(FileFormatError, match=rf"forged\.fxq: .*{message}"):
+        fxq.load(with_payload(rewritten(honest, **options), tmp_path / "forged.fxq"))
+
+
+def test_an_archive_that_claims_to_be_larger_than_the_file(honest: bytes, tmp_path: Path) -> None:
+    payload = bytearray(honest[HEADER:])
+    entry = payload.index(b"PK\x01\x02")
+    payload[entry + 24 : entry + 28] = (1 << 31).to_bytes(4, "little")  # its size without compression
+    with pytest.raises(FileFormatError, match="claims to hold more"):
+        fxq.load(with_payload(payload, tmp_path / "forged.fxq"))
+
+
+@pytest.mark.parametrize("one_dict", [True, False])
+def test_many_names_of_one_tensor(one_dict: bool, honest: bytes, tmp_path: Path) -> None:
+    """Little to read, and much to verify."""
+    content, tensors = opened(honest)
+    large = torch.zeros(10_000)
+    names = {f"{number}": large for number in range(100)}
+    tensors |= {"more": names} | ({"shared": names} if one_dict else {})
+    path = tmp_path / "forged.fxq"
+    path.write_bytes(closed(content, tensors))
+    with pytest.raises(FileFormatError, match="two sections" if one_dict else "many times larger than the file"):
+        fxq.load(path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(2, 2).to_sparse_csr, lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8)],
+)
+def test_torch_says_nothing_about_what_is_refused(
+    tensor: Callable[[], torch.Tensor], honest: bytes, tmp_path: Path
+) -> None:
+    content, tensors = opened(honest)
+    path = tmp_path / "forged.fxq"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors["tensors "]["more"] = tensor()
+        path.write_bytes(closed(content, tensors))
+    with pytest.raises(FileFormatError, match="'more' is no plain tensor"):
+        fxq.load(path)
 
 
 def test_values_round_trip() -> None:
@@ -346,6 +450,7 @@ def test_values_round_trip() -> None:
     [
         (lambda g, x: g.call_function(print, (x,)), r"node 'print_1' calls .*print"),
         (lambda g, x: g.call_method("backward", (x,)), r"node 'backward' calls the method 'backward'"),
+        (lambda g, x: g.call_function(getattr, (x, "grad_fn")), r"node 'getattr_1' reads the attribute 'grad_fn'"),
         (lambda g, x: g.call_function(torch.add, (x, 1j)), r"node 'add' has an argument of type complex"),
     ],
 )

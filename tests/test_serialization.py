@@ -51,6 +51,10 @@ CASES = {
     "channels-last": lambda m, x: m.b(m.a(x).contiguous(memory_format=torch.channels_last)),
     "device": lambda m, x: m.a(x) + torch.arange(8, dtype=torch.float32, device=torch.device("cpu")),
     "dtype": lambda m, x: m.a(x).to(torch.float64).sum(dtype=torch.float64),
+    "rfft2": lambda m, x: m.b(torch.fft.irfft2(torch.fft.rfft2(m.a(x)) * m.spectrum)),
+    "stft": lambda m, x: torch.stft(m.a(x).flatten(1), 32, window=m.window, return_complex=True).abs(),
+    "complex": lambda m, x: m.b(torch.complex(m.a(x), m.a(x)).to(torch.complex128).imag.float()),
+    "fields": lambda m, x: m.a(x).max(1).values + m.a(x).sort(1).indices[:, 0],
     "outputs": lambda m, x: {"a": m.a(x), "rest": (m.b(m.a(x)), [x])},
     "shared": shared_weight,
     "attention": attention,
@@ -60,7 +64,10 @@ CASES = {
 
 def model(forward=CASES["add"]) -> Lambda:
     torch.manual_seed(3)
-    return Lambda(forward, a=conv(), b=conv(4, 4), mha=nn.MultiheadAttention(4, 2, batch_first=True))
+    return Lambda(
+        forward, a=conv(), b=conv(4, 4), mha=nn.MultiheadAttention(4, 2, batch_first=True),
+        spectrum=torch.randn(4, 8, 5, dtype=torch.complex64).conj(), window=torch.hann_window(32),
+    )  # fmt: skip
 
 
 def reference_of(net: nn.Module, *inputs: torch.Tensor, backend="x86") -> nn.Module:
@@ -216,6 +223,25 @@ def test_missing_folder(tmp_path: Path) -> None:
         fxq.save(reference_of(model(), X), tmp_path / "none" / "net.fxq")
 
 
+def test_file_objects(saved: Path) -> None:
+    buffer = io.BytesIO()
+    fxq.save(fxq.load_reference(saved), buffer)
+    assert buffer.getvalue() == saved.read_bytes()
+    buffer.seek(0)
+    bits(fxq.load(buffer)(X), fxq.load(saved)(X))
+    with pytest.raises(FileFormatError, match="BytesIO object: not an fxq file"):
+        fxq.load(buffer)
+
+
+@pytest.mark.parametrize("path", ["", "a" * 300, "a\0b", 3])
+def test_what_is_no_path(path: str, saved: Path) -> None:
+    with pytest.raises(FxqError, match="cannot be written"):
+        fxq.save(fxq.load_reference(saved), path)
+    for read in (fxq.load, fxq.load_reference, load_for_tables):
+        with pytest.raises(FileFormatError, match="cannot be read"):
+            read(path)
+
+
 def test_a_failed_save_leaves_the_old_file(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "net.fxq").write_bytes(saved.read_bytes())
 
@@ -287,6 +313,10 @@ def test_a_module_of_ones_own_comes_from_the_model(tmp_path: Path) -> None:
         fxq.load(path)
     other = with_leaf(Untraceable())
     other.leaf.scale.data.fill_(9.0)  # its code is wanted, not its weights
+    shown = load_for_tables(path)
+    assert tables(shown) == tables(quiet(fxq.lower, reference, "x86"))
+    with pytest.raises(StageError, match="model= the float model"):
+        shown(X)
     loaded = fxq.load(path, model=other)
     bits(loaded(X), quiet(fxq.lower, reference, "x86")(X))
     assert tables(loaded) == tables(quiet(fxq.lower, reference, "x86"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import multiprocessing
 import pickle
 import threading
@@ -85,6 +86,82 @@ def test_the_state_dict_is_of_integers() -> None:
     assert state["x_q_qparams"].tolist()[1:] == [int(n) for n in state["x_q_qparams"].tolist()[1:]]
     assert {key for key in state if key.endswith("_qparams")} >= {"x_q_qparams", "a_q_qparams"}
     assert "fc.weight_scale" in state and all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+class Nested(nn.Module):
+    """Attention, float layers beside packed ones at nested paths, and a float layer that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8)))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.gru = nn.GRU(8, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.block(x)
+        return self.gru(self.attention(tokens, tokens, tokens)[0] + tokens)[0]
+
+
+@pytest.mark.parametrize("stage", ["prepared", "reference", "lowered"])
+def test_modules_that_only_hold_tensors_load_what_is_theirs(stage: str) -> None:
+    tokens = X[..., 0]
+
+    def made(seed: int, spread: float) -> nn.Module:
+        torch.manual_seed(seed)
+        prepared = fxq.prepare(Nested().eval(), tokens)
+        prepared(tokens * spread)
+        if stage == "prepared":
+            return prepared
+        return fxq.convert_to_reference(prepared) if stage == "reference" else quiet(fxq.convert, prepared)
+
+    source, target = made(0, 1.0), made(1, 5.0)
+    expected = final(source)(tokens)
+    source.load_state_dict(source.state_dict())
+    bits(final(source)(tokens), expected)
+    target.load_state_dict(source.state_dict())
+    bits(final(target)(tokens), expected)
+
+
+def test_a_layer_that_is_called_twice_has_the_same_keys_when_it_comes_from_a_file() -> None:
+    """Each call has a corrected bias of its own, and nobody reads the layer's."""
+    torch.manual_seed(0)
+    twice = Lambda(lambda m, x: torch.relu(m.b(m.a(x))) + m.a(x), a=conv(3, 8), b=conv(8, 8, groups=8))
+    model = quiet(fxq.quantize, twice, [torch.randn(4, 3, 8, 8) for _ in range(3)])
+    buffer = io.BytesIO()
+    fxq.save(model, buffer)
+    buffer.seek(0)
+    loaded = fxq.load(buffer)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    loaded.load_state_dict(model.state_dict())
+    bits(loaded(X), model(X))
+
+
+NUMBERS = {
+    "scale is nan": (0, float("nan")),
+    "scale is infinite": (0, float("inf")),
+    "scale is zero": (0, 0.0),
+    "scale is negative": (0, -1.0),
+    "zero_point is large": (1, 999),
+    "zero_point is nan": (1, float("nan")),
+    "zero_point is infinite": (1, float("inf")),
+    "zero_point is real": (1, 0.5),
+    "zero_point is huge": (1, 1e30),
+    "bound is low": (2, -999),
+    "bound is high": (3, 999),
+    "bounds are empty": (2, 255),
+}
+
+
+@pytest.mark.parametrize("position, number", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("stage", ["reference", "lowered"])
+def test_numbers_that_no_graph_has(stage: str, position: int, number: float) -> None:
+    model = at(stage, net())
+    expected, state = model(X), {key: value.clone() for key, value in at(stage, net(1), 3.0).state_dict().items()}
+    state["a_q_qparams"][3] = 254
+    state["a_q_qparams"][position] = number
+    with pytest.raises(ConfigError, match="'a_q_qparams' has "):
+        model.load_state_dict(state)
+    bits(model(X), expected)
 
 
 def test_what_does_not_fit() -> None:

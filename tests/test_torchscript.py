@@ -134,6 +134,8 @@ def test_refused(tmp_path: Path) -> None:
         fxq.to_torchscript(quiet(fxq.quantize, Branches().eval(), [X]))
     with pytest.raises(FxqError, match=r"none/net\.pt: cannot be written"):
         fxq.to_torchscript(quantized("residual"), path=tmp_path / "none" / "net.pt")
+    with pytest.raises(FxqError, match=r"cannot be written \(Is a directory\)"):
+        fxq.to_torchscript(quantized("residual"), path=tmp_path)
     with pytest.raises(FxqError, match=r"node 'depthwise' needs a kernel of onednn beside those of fbgemm.*'x86'"):
         fxq.to_torchscript(quantized("depthwise", "fbgemm"))
 
@@ -169,3 +171,15 @@ def test_numbers_taken_from_values_are_refused() -> None:
     qmodel = fxq.quantize(model, [torch.randn(1, 3, 8, 8)], progress=False)
     with pytest.raises(FxqError, match=r"'item' takes numbers from the values"):
         fxq.to_torchscript(qmodel)
+
+
+@pytest.mark.parametrize("inputs", [torch.randn(2, 5, 8, 8), torch.randint(0, 9, (2, 3, 8, 8))])
+def test_inputs_that_the_model_does_not_take(inputs: torch.Tensor) -> None:
+    with pytest.raises(FxqError):
+        fxq.to_torchscript(quantized("residual"), inputs)
+
+
+def test_outputs_that_torchscript_has_no_type_for() -> None:
+    model = Lambda(lambda m, x: {"o": m.a(x), "z": [m.a(x), (x,)]}, a=conv())
+    with pytest.raises(FxqError, match=r"torch\.jit\.trace refuses the model \(RuntimeError"):
+        fxq.to_torchscript(quiet(fxq.quantize, model, [X]))
