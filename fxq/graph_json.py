@@ -62,7 +62,7 @@ def encode_graph(graph: fx.Graph) -> list[dict[str, Any]]:
 def _encode_node(node: Node, names: dict[Any, str]) -> dict[str, Any]:
     target: Any = TORCHS.get(node.target, node.target)
     if node.op == "call_function":
-        record = record_name(target)
+        record = None if target in names else record_name(target)
         if record is None and target not in names:
             raise FxqError(f"node '{node.name}' calls {target!r}, which is not one of torch's own functions")
         target = f"{_CLASS}{record}" if record else names[target]

@@ -15,8 +15,9 @@ from typing import Any
 from torch.fx import Node
 
 from fxq.graph_module import QuantModule, free_path, get_attribute
-from fxq.observers import Observer, make_observer
+from fxq.observers import Bounds, Observer, make_observer
 from fxq.op_table import Backend, sharing_ends
+from fxq.ops import CLAMP, SOFTMAX, Op
 from fxq.pass_base import Pass
 from fxq.plan import QuantPlan, Slot
 from fxq.slots import entry_points, replace_argument
@@ -65,6 +66,7 @@ class InsertObservers(Pass):
         sources = [get_attribute(module, str(nodes[name].target)) for name in points] if constant else []
         observer = self.observer(spec, group, sources, plan)
         observer.where = " or ".join(_where(nodes[name], plan) for name in points)
+        observer.bounds = self._bounds([nodes[name] for name in points])
         module.add_submodule(path, observer)
         plan.observers[group] = path
         if sources:
@@ -78,6 +80,23 @@ class InsertObservers(Pass):
             else:
                 for slot in slots:
                     replace_argument(nodes[slot.node], slot.path, call)
+
+
+    def _bounds(self, producers: list[Node]) -> Bounds:
+        """What no value of some nodes is beyond, whatever the input."""
+        each = [_bounds_of(self.backend.dictionary.op_of(node), node) for node in producers]
+        lows, highs = ([bounds[side] for bounds in each] for side in (0, 1))
+        return (
+            None if None in lows else min(low for low in lows if low is not None),
+            None if None in highs else max(high for high in highs if high is not None),
+        )
+
+
+def _bounds_of(op: Op | None, node: Node) -> Bounds:
+    if op is CLAMP:
+        low, high = CLAMP.get(node, "min"), CLAMP.get(node, "max")
+        return low if isinstance(low, (int, float)) else None, high if isinstance(high, (int, float)) else None
+    return (0.0, 1.0) if op is SOFTMAX else (None, None)
 
 
 def _where(node: Node, plan: QuantPlan) -> str:

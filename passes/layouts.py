@@ -13,7 +13,7 @@ from collections.abc import Container
 import torch
 from torch.fx import Node
 
-from fxq.aliases import is_users_function
+from fxq.aliases import after, is_users_function, overwrites
 from fxq.containers import makes_container
 from fxq.graph_module import QuantModule
 from fxq.ops import CONTIGUOUS, LAYER_NORM, LINEAR, MATMUL, Dictionary
@@ -31,6 +31,8 @@ def reads_layout(node: Node) -> bool:
     """Whether it matters to a node of a reference graph how its arguments lie in memory."""
     if node.op in ("output", "call_module"):
         return True
+    if overwrites(node, None) or any(user.target is after for user in node.users):
+        return False  # what it writes is to reach those that read the tensor later, and would not from a copy
     return node.target in _READ_STRIDES or makes_container(node) or is_users_function(node)
 
 

@@ -245,7 +245,7 @@ class Lowering:
         self.plan.origins[node.name] = self.old.origin(source)
         if source in self.old.facts:
             self.plan.facts[node.name] = self.old.facts[source]
-        if source in self.old.macs and decision.row not in ("quantize", "dequantize"):
+        if source in self.old.macs and decision.row not in ("quantize", "dequantize", "contiguous"):
             self.plan.macs[node.name] = self.old.macs[source]
 
     def _describe_like(self, node: Node, made: Node, kernel: str, status: Status = Status.QUANTIZED) -> None:

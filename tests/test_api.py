@@ -81,7 +81,7 @@ RAISING: dict[str, tuple[Callable[[nn.Module], Any], type[FxqError], str]] = {
     ),
     "no data": (lambda m: fxq.quantize(m, []), CalibrationError, "empty: give at least one batch"),
     "no data with inputs": (lambda m: fxq.quantize(m, [], example_inputs=X), CalibrationError, "empty"),
-    "nan": (lambda m: fxq.quantize(m, nan_data()), CalibrationError, r"input 'x' of calibration batch 1.*node 'x'"),
+    "nan": (lambda m: fxq.quantize(m, nan_data()), CalibrationError, r"input 'x' of calibration batch 1.*, batch 1"),
     "uncalibrated": (lambda m: fxq.convert(fxq.prepare(m, X)), CalibrationError, "calibrate"),
     "backend": (lambda m: fxq.quantize(m, [X], backend="tpu"), BackendError, r"'tpu'.*x86, fbgemm, onednn, qnnpack"),
     "exclude a path": (lambda m: fxq.quantize(m, [X], exclude=["a", "layer9"]), ConfigError, "'layer9'"),

@@ -88,7 +88,7 @@ def test_a_file_and_an_exported_program_keep_ordered_dicts(returned, tmp_path):
 
 
 def test_a_class_that_a_file_cannot_name_is_an_error(tmp_path):
-    with pytest.raises(FxqError, match="Named"):
+    with pytest.raises(FxqError, match="test_containers"):
         fxq.save(fxq.quantize(net(own_classes), [X]), tmp_path / "model.fxq")
 
 

@@ -82,11 +82,11 @@ def test_moving_average_differs_from_minmax():
 
 
 def test_range_is_computed_anew_after_new_data():
-    observer = observed(UINT8, torch.ones(10))
+    observer = observed(UINT8, torch.ones(1000))
     assert observer.range()[1].item() == 1.0
-    observer(torch.full((10,), 8.0))
+    observer(torch.full((2000,), 8.0))
     assert observer.range()[1].item() == 8.0
-    observer.merge(observed(UINT8, torch.full((30,), 16.0)))
+    observer.merge(observed(UINT8, torch.full((3000,), 16.0)))
     assert observer.range()[1].item() == 16.0
 
 
@@ -224,8 +224,31 @@ def test_large_activations_are_sampled_evenly_and_weights_are_not():
     assert observed(WEIGHT.replace(observer="mse"), weight).statistics.counts.sum() == weight.numel()
 
 
+def test_few_values_leave_room_for_those_to_come():
+    scores = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    low, high = observed(UINT8, scores).range()
+    assert 1.3 < high.item() / scores.max().item() < 1.6 and 1.3 < low.item() / scores.min().item() < 1.6
+    many = torch.randn(3000, generator=torch.Generator().manual_seed(0))
+    assert observed(UINT8, many).range()[1].item() <= many.max().item()
+
+
+@pytest.mark.parametrize(
+    ("values", "spec", "bounds", "high"),
+    [
+        (torch.full((40,), 3.0), UINT8, (None, None), 3.0),
+        (torch.linspace(0, 6, 40), UINT8, (0.0, 6.0), 6.0),
+        (torch.linspace(0, 6, 40), UINT8.replace(observer="minmax"), (None, None), 6.0),
+    ],
+    ids=["constant", "bounded", "minmax"],
+)
+def test_no_room_is_left_where_nothing_larger_can_come(values, spec, bounds, high):
+    observer = make_observer(spec, bounds)
+    observer(values)
+    assert observer.range()[1].item() == pytest.approx(high, rel=1e-6)
+
+
 def test_repr():
-    observer = observed(UINT8, torch.tensor([-0.5, 5.9] * 50), torch.tensor([-0.5, 5.9] * 50))
+    observer = observed(UINT8, torch.tensor([-0.5, 5.9] * 1000), torch.tensor([-0.5, 5.9] * 1000))
     assert repr(observer) == "Observer(histogram, uint8 affine per-tensor, batches=2, range=[-0.5, 5.9])"
     assert repr(make_observer(UINT8, (0.0, None))) == (
         "Observer(histogram, uint8 affine per-tensor, batches=0, bounds=[0.0, None])"

@@ -14,7 +14,7 @@ from models_for_tests import Lambda, canonical, checked, conv, fresh, quiet, sam
 from torch import nn
 
 import fxq
-from fxq.errors import FxqError, StageError, TraceError
+from fxq.errors import FxqError, InputError, StageError, TraceError
 from fxq.graph_module import QuantModule
 from fxq.numerics import sqnr
 from fxq.tracing import blocking_statement, trace
@@ -165,7 +165,7 @@ def test_optional_inputs(args, kwargs):
 
 def test_a_switch_is_fixed_at_the_value_it_was_given():
     module, _ = trace(Options().eval(), (X,), {"flag": False})
-    with pytest.raises(AssertionError, match="flag was False when the model was traced"):
+    with pytest.raises(InputError, match="flag was False when the model was traced"):
         module(X)
 
 
@@ -190,16 +190,16 @@ def test_a_decorated_forward_with_more_keywords():
         same(module(**kwargs, flag=True), model(**kwargs))
     module, _ = trace(model, (X,), {})
     same(module(X), model(X))
-    with pytest.raises(AssertionError, match="mask was None"):
+    with pytest.raises(InputError, match="mask was None"):
         module(X, X)
 
 
 def test_an_input_fixed_at_none_refuses_another_value():
     module, _ = trace(Options().eval(), (X,), {})
-    with pytest.raises(AssertionError, match="skip"):
+    with pytest.raises(InputError, match="skip"):
         module(X, X)
     qmodel = fxq.quantize(Options().eval(), [X], example_inputs=X)
-    with pytest.raises(AssertionError, match="skip"):
+    with pytest.raises(InputError, match="skip"):
         qmodel(X, X)
 
 

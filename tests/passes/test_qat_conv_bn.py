@@ -222,9 +222,9 @@ def _peer_grids(peer: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 def _kind(where: str) -> str:
     """One name for a tensor in both graphs."""
-    for name in ("conv_weight", "fc_weight"):
-        if name in where:
-            return name.replace("_", ".")
+    for name in ("conv.weight", "fc.weight"):
+        if name in where or name.replace(".", "_") in where:
+            return name
     if "'x'" in where or where == "x":
         return "input"
     return next((key for key in ("fc", "flatten") if key in where), "conv")
