@@ -27,10 +27,10 @@ _LIBRARY.define("dequantize_channel(Tensor q, Tensor scale, Tensor zero_point, i
 def _quantize(
     x: torch.Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    # As torch's own quantize, to the last bit: x / scale + zero_point is rounded to float32 once, then to an integer.
-    # In place on a tensor of its own: for large activations, fresh memory costs more than the arithmetic.
-    shifted = torch.add(x.new_full((), zero_point), x, alpha=1.0 / scale)
-    return shifted.round_().clamp_(quant_min, quant_max).to(dtype)
+    # As ONNX defines it, so that runtimes agree to the last bit: kernels of torch add the zero_point before they round,
+    # which rounds one value in 200,000 the other way. In place on a tensor of its own: for large activations, fresh
+    # memory costs more than the arithmetic.
+    return (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max).to(dtype)
 
 
 def _quantize_average(
@@ -38,7 +38,7 @@ def _quantize_average(
 ) -> torch.Tensor:
     # Averages of integers are often half way between two. Kernels sum integers and round these to the even one; what
     # float arithmetic makes of them is next to the half, on either side.
-    x = (x * (1.0 / scale)).mul_(_TIE).round_().div_(_TIE)
+    x = (x / scale).mul_(_TIE).round_().div_(_TIE)
     return x.round_().add_(zero_point).clamp_(quant_min, quant_max).to(dtype)
 
 
