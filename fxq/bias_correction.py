@@ -21,7 +21,7 @@ from fxq.graph_module import BACKEND, QuantModule, get_attribute
 from fxq.lockstep import Step, samples_in
 from fxq.ops import LINEAR, Op
 from fxq.partition import Inputs
-from fxq.plan import Slot
+from fxq.plan import Slot, counted
 from fxq.quant_layers import QuantLayer, quant_layers
 from fxq.refinement import SAMPLES, refine
 from fxq.walk import Walk
@@ -123,7 +123,8 @@ def correct_means(reference: QuantModule, means: Means, inputs: Sequence[Inputs]
                 corrected += _correct_to(means[node.name], layers[node], walk, reference)
                 bar.update()
             walk.release(node)
-    note = f"biases corrected: {corrected} layers, for what else shifts their outputs, from {samples} samples"
+    layers_corrected = counted(corrected, "layer")
+    note = f"biases corrected: {layers_corrected}, for what else shifts their outputs, from {samples} samples"
     if not corrected:
         note = "biases are not corrected from data, because one sample tells no mean error from chance"
     reference.plan.notes = [*reference.plan.notes, note]

@@ -214,6 +214,16 @@ class Observer(torch.nn.Module):
         """
         return choose_qparams(*self.range(), self.spec)
 
+    def vanishing(self) -> float:
+        """The part of the values seen that the range chosen rounds to zero; 0.0 where no histogram tells."""
+        stats = self.statistics
+        if not isinstance(stats, HistogramStatistics) or not self.has_data or self.spec.per_channel:
+            return 0.0
+        edges = (stats.unit_edges() * stats.width.double()[:, None])[0]
+        near = torch.maximum(edges[:-1].abs(), edges[1:].abs()) <= self.qparams().scale.item() / 2
+        counts = stats.counts[0].double()
+        return float(counts[near].sum() / counts.sum())
+
     def merge(self, other: Observer) -> None:
         """Add what ``other`` recorded, as if its batches had come after these.
 

@@ -88,6 +88,11 @@ class Decision(NamedTuple):
     detail: str = ""
 
 
+def counted(number: int, what: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def float_decision(reason: Reason, detail: str = "") -> Decision:
     """A FLOAT decision; the only way to make one, so that none lacks its reason."""
     return Decision(Status.FLOAT, None, reason, detail)

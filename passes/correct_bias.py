@@ -18,7 +18,7 @@ from fxq.numerics import dequantize, quantize
 from fxq.ops import LINEAR, Dictionary, Op
 from fxq.pass_base import Pass
 from fxq.passes.layer_weights import constant_response, count_readers, is_shared
-from fxq.plan import QuantPlan, Slot
+from fxq.plan import QuantPlan, Slot, counted
 from fxq.spec import QParams
 
 _CHUNK = 1 << 17  # elements of a weight rounded at a time, whose temporaries stay in cache
@@ -42,7 +42,8 @@ class CorrectBias(Pass):
             corrected += self._correct(nodes[name], means.shrunken(), module, plan, readers)
         _drop_recorders(module, plan)
         if corrected:
-            plan.notes = [*plan.notes, f"biases corrected: {corrected} layers, for the rounding of their weights"]
+            layers = counted(corrected, "layer")
+            plan.notes = [*plan.notes, f"biases corrected: {layers}, for the rounding of their weights"]
         return corrected
 
     def _correct(

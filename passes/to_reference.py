@@ -19,10 +19,12 @@ from fxq.ops import Dictionary
 from fxq.pass_base import Pass
 from fxq.passes.align_averages import align_averages
 from fxq.passes.align_scales import align_scales
-from fxq.plan import NEVER_OBSERVED, QuantPlan, Slot
+from fxq.plan import NEVER_OBSERVED, QuantPlan, Slot, counted
 from fxq.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE, QUANTIZE_AVERAGE, is_quantize
 from fxq.slots import entry_points, replace_argument
 from fxq.spec import QParams
+
+_NEARLY_ALL = 0.999  # of the values, as no sparse activation of models has
 
 
 class ToReference(Pass):
@@ -79,6 +81,7 @@ class ToReference(Pass):
         names = {slot.node for slot, group in plan.groups.items() if group in silent}
         plan.make_float([region for region in plan.regions if names & set(region.nodes)], NEVER_OBSERVED)
         settle_ranges(observer for observer in observers.values() if type(observer) is Observer)
+        _note_outliers([observer for observer in observers.values() if type(observer) is Observer], plan)
         qparams = {
             group: observer.qparams()  # type: ignore[operator]
             for group, observer in observers.items()
@@ -87,6 +90,19 @@ class ToReference(Pass):
         for group, (scale, zero_point) in plan.fixed.items():
             qparams[group] = QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
         return qparams
+
+
+def _note_outliers(observers: list[Observer], plan: QuantPlan) -> None:
+    """Say where a few values are so much larger than the others that a scale for all rounds the others to zero."""
+    found = [observer.where for observer in observers if observer.enabled and observer.vanishing() > _NEARLY_ALL]
+    found.sort(key=lambda where: not where.startswith("input"))  # where what the user can do something about begins
+    if found:
+        where = f"{found[0]} and {counted(len(found) - 1, 'other')}" if len(found) > 1 else found[0]
+        note = (
+            f"{where}: all but 1 in {round(1 / (1 - _NEARLY_ALL)):,} values round to zero, as few are far larger; "
+            f"look for outliers in the data, or choose observer='percentile:99.99'"
+        )
+        plan.notes = [*plan.notes, note]
 
 
 def _remove_observers(module: QuantModule, plan: QuantPlan) -> None:

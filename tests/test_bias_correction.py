@@ -123,7 +123,7 @@ def test_rows_chosen_by_their_values(calibration, shape, where):
     data[1] += 30 * model.a.weight[0]
     qmodel = fxq.quantize(model, data, calibration=calibration, progress=False)
     assert all(value.isfinite().all() for value in qmodel.meta[REFERENCE].state_dict().values())
-    said = "biases corrected" if calibration == "max" else "layers, for what else shifts their outputs"
+    said = "biases corrected" if calibration == "max" else "for what else shifts their outputs"
     assert any(said in note and "rounding of their weights" not in note for note in notes(qmodel))
 
 

@@ -88,7 +88,7 @@ def test_the_models_own_bias_is_not_written_to():
     kept = model.a.bias.detach().clone()
     qmodel = fxq.quantize(model, [X], qconfig="per_tensor")
     assert torch.equal(model.a.bias, kept)
-    assert "biases corrected: 1 layers, for the rounding of their weights" in qmodel.plan.notes
+    assert "biases corrected: 1 layer, for the rounding of their weights" in qmodel.plan.notes
 
 
 def test_a_bias_read_by_two_layers_becomes_two():

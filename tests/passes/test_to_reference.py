@@ -107,3 +107,13 @@ def test_needs_observers():
     prepared.plan.properties.discard("observed")
     with pytest.raises(PlanError, match="observed"):
         Pipeline([step()])(prepared)
+
+
+def test_a_range_that_a_few_values_decide_is_said():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    data = [torch.randn(4, 3, 16, 16) for _ in range(2)]
+    assert not any("round to zero" in note for note in fxq.quantize(model, data, progress=False).plan.notes)
+    data[1][0, 0, 0, 0] = 1e4
+    (note,) = [note for note in fxq.quantize(model, data, progress=False).plan.notes if "round to zero" in note]
+    assert "input 'input'" in note and "percentile" in note
