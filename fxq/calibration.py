@@ -239,8 +239,9 @@ class _Understood:
     def _meaning(self, batch: Any) -> Any:
         if self._takes_list:
             return (batch,) if is_one_list(((batch,), {})) else batch
-        most = min(len(batch), len(self._names)) if isinstance(batch, (tuple, list)) else 0
-        if not self._required <= self._count <= most:
+        if not isinstance(batch, (tuple, list)):
+            return batch
+        if not self._required <= self._count <= min(len(batch), len(self._names)):
             return batch
         given = batch[: self._count]
         return tuple(given) if self._count == self._required else dict(zip(self._names, given, strict=False))

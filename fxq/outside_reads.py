@@ -267,8 +267,8 @@ def watching_reads(model: nn.Module) -> Iterator[Reads]:
     def listing(original: Callable[..., Any], deep: bool) -> Callable[..., Any]:
         def list_parts(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if running and id(module) in paths and not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
-                listed = [part for _, part in original_modules(module) if part._modules] if deep else [module]
-                found.parts.update(paths[id(part)] for part in listed if is_outside(part))
+                listed = [part for _, part in original_modules(module)] if deep else [module]
+                found.parts.update(paths[id(part)] for part in listed if part._modules and is_outside(part))
             return original(module, *args, **kwargs)
 
         return list_parts

@@ -240,6 +240,7 @@ def counts(model, x):
 
 def walks(model, x):
     for _, layer in model.block.named_children():
+        list(layer.named_children())  # of a layer, which has none: it may be a region all the same
         x = layer(x)
     return x
 

@@ -406,6 +406,12 @@ def test_members_that_the_model_fails_without_are_inputs():
     assert fxq.quantize(Pair().eval(), batches_of(x, y), progress=False)(x, y).shape == (3, 3)
 
 
+def test_dicts_for_a_forward_that_requires_nothing():
+    batch = {"image": torch.randn(3, 4), "text": torch.randn(3, 4), "label": torch.zeros(3)}
+    qmodel = fxq.quantize(Pair().eval(), [batch, batch], progress=False)
+    assert qmodel(image=batch["image"], text=batch["text"]).shape == (3, 3)
+
+
 def test_members_that_may_be_labels_are_an_error_which_example_inputs_resolve():
     x, y = torch.randn(3, 4), torch.randn(3, 4)
     with pytest.raises(CalibrationError, match="a label or the optional input 'other'"):
