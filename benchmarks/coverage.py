@@ -26,10 +26,10 @@ MiB for a detector.
 
 ".fxq", "TorchScript", "torch.export" (the program as it is), "lowered again" and "ONNX" (in onnxruntime) say whether
 what is written and read again gives equal numbers: those of the packed model, for programs and ONNX those of the
-reference graph. What differs in ONNX begins with averages that are half way between two integers, and with float ops of
-which onnxruntime has its own (silu, softmax, layer_norm). "3 (0.2%)" is a largest difference of 3 steps of its output's
-scale, with 0.2 % of the values more than one step away; random weights amplify roundings. A model in regions is saved
-whole, and its regions are written one by one. Empty cells were not run.
+reference graph. What differs in ONNX begins with float ops of which onnxruntime has its own (silu, softmax,
+layer_norm), and with sums of the float reference that round next to the middle of two integers. "3 (0.2%)" is a
+largest difference of 3 steps of its output's scale, with 0.2 % of the values more than one step away; random weights
+amplify roundings. A model in regions is saved whole, and its regions are written one by one. Empty cells were not run.
 """
 
 from __future__ import annotations
