@@ -137,14 +137,16 @@ class QuantModule(fx.GraphModule):
         raise StageError("torch.package would store this model as Python code; write it with fxq.save, or pickle it")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of ``nn.Module``; a lowered module is packed again from what is loaded.
+        """As of ``nn.Module``, but all or nothing; a lowered module is packed again from what is loaded.
 
         Raises:
             ConfigError: for keys, shapes or dtypes that are not those of :meth:`state_dict`.
         """
+        before = copy.deepcopy(dict(self.state_dict()))
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
+            super().load_state_dict(before)
             raise ConfigError(f"the state dict does not fit this {self.plan.stage.value} model: {error}") from error
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -293,3 +293,29 @@ def test_many_threads(tmp_path: Path) -> None:
         thread.join(120)
     assert not any(thread.is_alive() for thread in threads)
     assert not wrong
+
+
+@pytest.mark.parametrize("stage", ["prepared", "reference", "lowered"])
+@pytest.mark.parametrize("fault", ["shape", "missing", "unexpected"])
+def test_a_refused_state_dict_changes_nothing(stage: str, fault: str) -> None:
+    tokens = X[..., 0]
+
+    def made(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        prepared = fxq.prepare(Nested().eval(), tokens)
+        prepared(tokens * (1 + seed))
+        if stage == "prepared":
+            return prepared
+        return fxq.convert_to_reference(prepared) if stage == "reference" else quiet(fxq.convert, prepared)
+
+    target, state = made(0), made(1).state_dict()
+    expected = target(tokens)
+    if fault == "shape":
+        state["gru.weight_ih_l0"] = torch.zeros(3, 3)
+    elif fault == "missing":
+        del state["gru.weight_hh_l0"]
+    else:
+        state["nobody.weight"] = torch.zeros(3)
+    with pytest.raises(fxq.FxqError):
+        target.load_state_dict(state)
+    bits(target(tokens), expected)
