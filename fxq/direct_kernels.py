@@ -95,7 +95,8 @@ class DirectModel:
         for node, step in steps.items():
             steps[node] = _typed(node, step)
         _keep_scales(graph)
-        graph.eliminate_dead_code()
+        # torch would ask the graph's module of modules that are called, and this graph has none yet
+        graph.eliminate_dead_code(lambda node: node.op != "call_module" and node.is_impure())
         _place_calls(graph, {node: steps[node] for node in graph.nodes if node in steps})
         return fx.GraphModule(self._model, graph).forward
 

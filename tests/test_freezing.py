@@ -70,6 +70,13 @@ FORMS = ["torchscript", pytest.param("onednn", marks=needs_onednn)]
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_float_modules_that_a_graph_calls(form: str) -> None:
+    qmodel = quantized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Softplus(), nn.Conv2d(8, 8, 3), nn.Softplus()), 2, 3, 8, 8)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(fxq.freeze(qmodel, x, form=form)(x), qmodel(x), atol=0.05)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_other_layouts_and_shapes(form: str) -> None:
     qmodel = quantized(Net(), 2, 3, 24, 24)
     frozen = fxq.freeze(qmodel, torch.randn(2, 3, 24, 24).to(memory_format=torch.channels_last), form=form)
