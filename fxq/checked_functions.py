@@ -7,6 +7,7 @@ which has their names, calls these.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 LARGEST = 1 << 31  # the product of two fits into 64 bits
+_LARGEST_EXPONENT = 64
 
 
 def repeat_interleave(*args: Any, **kwargs: Any) -> Any:
@@ -54,6 +56,17 @@ def empty_like(*args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.empty_like(*args, **kwargs).zero_()
 
 
+def power(base: Any, exponent: Any) -> Any:
+    """``base ** exponent``, of whole numbers with a result that takes no time.
+
+    Raises:
+        ValueError: for a larger exponent.
+    """
+    if isinstance(base, int) and isinstance(exponent, int) and abs(exponent) > _LARGEST_EXPONENT:
+        raise ValueError(f"{exponent} is too large an exponent")
+    return base**exponent
+
+
 def require_sizes(value: Any) -> None:
     """Refuse integers among arguments that are too large to be sizes.
 
@@ -77,7 +90,7 @@ def _integers(value: Any) -> Iterator[int]:
 
 _CHECKED: dict[Any, Callable[..., Any]] = {
     torch.repeat_interleave: repeat_interleave, F.unfold: unfold, F.fold: fold, torch.empty: empty,
-    torch.empty_like: empty_like,
+    torch.empty_like: empty_like, operator.pow: power,
 }  # fmt: skip
 TORCHS: dict[Any, Any] = {checked: function for function, checked in _CHECKED.items()}  # what each stands for
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import operator
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from test_graph_json import closed, node, opened
 from torch import nn
 
 import fxq
-from fxq.checked_functions import checked, empty, empty_like, fold, repeat_interleave, unfold
+from fxq.checked_functions import checked, empty, empty_like, fold, power, repeat_interleave, unfold
 from fxq.errors import FileFormatError
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -90,3 +91,11 @@ def test_memory_that_was_not_cleared() -> None:
     assert not empty(1000).any() and not empty((10, 10), dtype=torch.int64).any()
     assert not empty_like(torch.ones(1000)).any()
     assert checked("call_method", "new_empty") == ("call_method", "new_zeros")
+
+
+def test_whole_numbers_are_raised_to_small_powers_only() -> None:
+    assert checked("call_function", operator.pow) == ("call_function", power)
+    assert power(3, 4) == 81
+    torch.testing.assert_close(power(torch.tensor([2.0]), 100), torch.tensor([2.0**100]))
+    with pytest.raises(ValueError, match="too large an exponent"):
+        power(9, 9**9)
