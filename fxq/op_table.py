@@ -261,6 +261,13 @@ def sharing_ends(plan: QuantPlan, backend: Backend) -> set[str]:
     return {region.end for region in plan.regions if region.row in sharing}
 
 
+def sharing_or_float(plan: QuantPlan, backend: Backend) -> set[str]:
+    """Nodes through which values may pass as they are or in float: with float around them they need no integers."""
+    return sharing_ends(plan, backend) | {
+        name for name, decision in plan.decisions.items() if decision.reason is not None
+    }
+
+
 def averaging_ends(plan: QuantPlan, backend: Backend) -> set[str]:
     """Ends of the regions that average, which computes values between the input's integers."""
     averaging = {row.name for row in backend.rows if row.averages}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from torch.fx import Node
 
 from fxq.graph_module import QuantModule
-from fxq.op_table import Backend, sharing_ends
+from fxq.op_table import Backend, sharing_or_float
 from fxq.ops import ADD, DIV, MATMUL, MUL, SOFTMAX, SUB, Dictionary
 from fxq.pass_base import Pass
 from fxq.plan import ATTENTION, QuantPlan
@@ -33,9 +33,7 @@ class FloatAttention(Pass):
         self.backend, self.ops = backend, ops
 
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
-        moving = sharing_ends(plan, self.backend) | {
-            name for name, decision in plan.decisions.items() if decision.reason is not None
-        }
+        moving = sharing_or_float(plan, self.backend)
         delicate: set[Node] = set()
         for node in module.graph.nodes:
             if self.ops.op_of(node) is SOFTMAX and self._is_over_many(node, plan):

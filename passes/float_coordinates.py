@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from fxq.aliases import shape_values
 from fxq.graph_module import QuantModule
-from fxq.op_table import Backend, sharing_ends
+from fxq.op_table import Backend, sharing_or_float
 from fxq.ops import ADD, CAT, DIV, MUL, SUB, Dictionary
 from fxq.pass_base import Pass
 from fxq.plan import COORDINATES, QuantPlan
@@ -33,9 +33,7 @@ class FloatCoordinates(Pass):
         self.backend, self.ops = backend, ops
 
     def run(self, module: QuantModule, plan: QuantPlan) -> int:
-        moving = sharing_ends(plan, self.backend) | {
-            name for name, decision in plan.decisions.items() if decision.reason is not None
-        }
+        moving = sharing_or_float(plan, self.backend)
         found: set[Node] = set()
         waiting = [grid for node in module.graph.nodes for grid in _grids(node)]
         while waiting:
